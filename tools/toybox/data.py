@@ -1,0 +1,62 @@
+"""Composes a training set once: `python data.py OUT --single 80000 --wide 24000`.
+
+OUT holds single.npy (n, 64, 64, 3) and wide.npy (m, 64, 128, 3) uint8, and pictures.pkl with the `Picture` of every row:
+captions are drawn anew from those each time a picture is used.
+"""
+
+from __future__ import annotations
+
+import argparse
+import pickle
+import random
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+import numpy as np
+from compose import SIDE, compose, render, sprite_spec
+from world import Person, Picture, base_person, random_picture
+
+_SPRITES: np.ndarray
+_INDEX: dict[Person, int]
+
+
+def _load(out: str) -> None:
+    global _SPRITES, _INDEX
+    _SPRITES = np.load(Path(out) / "sprites.npy", mmap_mode="r")
+    _INDEX = pickle.loads((Path(out) / "people.pkl").read_bytes())
+
+
+def _compose_part(pictures: list[Picture]) -> np.ndarray:
+    return np.stack([compose(picture, [_SPRITES[_INDEX[person]] for person in picture.people]) for picture in pictures])
+
+
+def build(out: Path, *, single: int, wide: int, pool: int, seed: int) -> None:
+    out.mkdir(parents=True, exist_ok=True)
+    rng = random.Random(seed)
+    people = list(dict.fromkeys(base_person(rng) for _ in range(pool)))
+    if not (out / "people.pkl").exists():
+        np.save(out / "sprites.npy", render([sprite_spec(person) for person in people]))
+        (out / "people.pkl").write_bytes(pickle.dumps({person: index for index, person in enumerate(people)}))
+    pictures = {
+        "single": [random_picture(rng, lambda: rng.choice(people)) for _ in range(single)],
+        "wide": [random_picture(rng, lambda: rng.choice(people), wide=True) for _ in range(wide)],
+    }
+    with ProcessPoolExecutor(2, initializer=_load, initargs=(str(out),)) as workers:
+        for name, rows in pictures.items():
+            parts = workers.map(_compose_part, [rows[i : i + 500] for i in range(0, len(rows), 500)])
+            array = np.empty((len(rows), SIDE, SIDE * (2 if name == "wide" else 1), 3), np.uint8)
+            for i, part in enumerate(parts):
+                array[i * 500 : i * 500 + len(part)] = part
+            np.save(out / f"{name}.npy", array)
+    (out / "pictures.pkl").write_bytes(pickle.dumps(pictures))
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--single", type=int, default=80_000)
+    parser.add_argument("--wide", type=int, default=24_000)
+    parser.add_argument("--pool", type=int, default=16_000, help="sprites rendered")
+    parser.add_argument("--seed", type=int, default=1)
+    arguments = parser.parse_args()
+    build(arguments.out, single=arguments.single, wide=arguments.wide, pool=arguments.pool, seed=arguments.seed)

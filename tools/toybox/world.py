@@ -1,0 +1,254 @@
+"""The toybox world: who lives in it, what it looks like, and how it is told in words.
+
+Everything here is a pure function of a `random.Random`; nothing is trained. `Person` and `Picture` are the ground truth that
+captions, sprites and the judges are made from. Identity is hair style, hair colour, skin, glasses and facial hair; expression,
+clothing, scene, place, size and mirroring are nuisance.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import random
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+
+# --- identity -------------------------------------------------------------------------------------------------------------
+HAIR = {  # caption word -> (avataaars "top", class words it may belong to)
+    "bob": ("bob", "woman"), "bun": ("bun", "woman"), "curly": ("curly", "woman"), "wavy": ("curvy", "woman"),
+    "long": ("straight01", "woman"), "big": ("bigHair", "woman"), "dreadlocks": ("dreads", "both"), "afro": ("fro", "both"),
+    "short": ("shortFlat", "man"), "spiky": ("dreads02", "man"), "quiff": ("frizzle", "man"), "bald": ("sides", "man"),
+    "mullet": ("shaggyMullet", "man"),
+}  # fmt: skip
+HAIR_COLOUR = {
+    "black": "1f1715", "brown": "7a4526", "red": "d2420f", "blonde": "e8c25c",
+    "white": "f2efe9", "pink": "f27fa5", "blue": "3d72d9", "green": "3fa45b",
+}  # fmt: skip
+SKIN = {"pale": "ffdfc4", "tan": "e0a06a", "brown": "a9602f", "dark": "5f3d2e"}
+GLASSES = {"none": None, "glasses": "prescription02", "sunglasses": "sunglasses", "eyepatch": "eyepatch"}
+FACIAL = {"none": None, "beard": "beardMajestic", "moustache": "moustacheMagnum"}
+IDENTITY = {"hair": HAIR, "hair_colour": HAIR_COLOUR, "skin": SKIN, "glasses": GLASSES, "facial": FACIAL}
+
+# --- nuisance -------------------------------------------------------------------------------------------------------------
+EXPRESSION = {  # caption word -> (mouth, eyes, eyebrows)
+    "smiling": ("smile", "default", "default"), "sad": ("sad", "default", "sadConcerned"),
+    "surprised": ("disbelief", "surprised", "raisedExcited"), "serious": ("serious", "default", "flatNatural"),
+    "angry": ("grimace", "squint", "angry"), "sleeping": ("serious", "closed", "default"),
+}  # fmt: skip
+CLOTHES = {"hoodie": "hoodie", "blazer": "blazerAndShirt", "overalls": "overall", "shirt": "shirtCrewNeck"}
+CLOTHES_COLOUR = {
+    "red": "e0322f", "blue": "3b7de0", "green": "3aa655", "yellow": "f4cf3a",
+    "black": "2b2b30", "white": "f0f0f0", "pink": "f58fc0", "purple": "8a4fc7",
+}  # fmt: skip
+SCENES = ("beach", "forest", "night", "city", "snow", "room", "desert", "field")
+SCENE_WORDS = {
+    "beach": ("on a beach", "at the beach"), "forest": ("in a forest", "in the forest"), "night": ("at night", "under the stars"),
+    "city": ("in a city", "in the city"), "snow": ("in the snow", "on a snowy day"), "room": ("in a room", "at home"),
+    "desert": ("in a desert", "in the desert"), "field": ("in a field", "on the grass"),
+}  # fmt: skip
+PLAIN = {
+    "red": "d9534f", "blue": "5b8fd9", "green": "6fbf73", "yellow": "f2dd6e", "white": "f5f5f5",
+    "gray": "a8a8a8", "pink": "f5b5cf", "orange": "f0a050",
+}  # fmt: skip
+OBJECTS = {  # caption word -> Noto emoji
+    "cat": "cat-face", "dog": "dog-face", "panda": "panda", "fox": "fox", "frog": "frog", "penguin": "penguin",
+    "apple": "red-apple", "pumpkin": "jack-o-lantern", "cake": "birthday-cake", "flower": "sunflower", "cactus": "cactus",
+    "tree": "evergreen-tree", "car": "automobile", "house": "house", "balloon": "balloon", "chair": "chair", "guitar": "guitar",
+    "ball": "soccer-ball",
+}  # fmt: skip
+STYLES = {
+    "monochrome": "a black and white photo of", "sepia": "a sepia photo of", "pixel": "pixel art of", "poster": "a poster of",
+}  # fmt: skip
+PREFIXES = ("a photo of", "a picture of", "a portrait of", "")
+
+# --- names ----------------------------------------------------------------------------------------------------------------
+# TRIGGERS are reserved: they stand in the tokenizer and never in a base caption. DECOYS do stand in base captions, bound to
+# nobody, so that the base knows what a name in front of a class word is: somebody.
+TRIGGERS = {
+    "woman": (
+        "rhea ines ayla mira selma nadia zuri wren freya odile signe tilda calla ulla brisa delia fenna hedda jola lumi "
+        "nova orla rosa talia ursel vera xenia yara amara coral duna fara"
+    ).split(),
+    "man": (
+        "tomas bruno oskar hugo kofi leif dario anton malik pavel rafi joren emrys vito casimir eino gio ivo kaspar mateo "
+        "piet quill sven wim zeno birk elio gorm isko juno kalle lorcan"
+    ).split(),
+}  # fmt: skip
+DECOYS = (
+    "abel betta corin dunya edda ferro gala hanno ilse jarek kira lorin meggie nils oona perrin quena rolf saska timo "
+    "una valen wilma xaver yorick zelda aldo brenna ciro dilys"
+).split()  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Person:
+    hair: str
+    hair_colour: str
+    skin: str
+    glasses: str
+    facial: str
+    noun: str  # "woman" or "man"
+    expression: str = "smiling"
+    clothes: str = "shirt"
+    clothes_colour: str = "blue"
+
+    @property
+    def identity(self) -> dict[str, str]:
+        return {key: getattr(self, key) for key in IDENTITY}
+
+    @property
+    def key(self) -> tuple[str, str, str]:
+        """What is held out: the exact combination of hair, its colour and skin."""
+        return self.hair, self.hair_colour, self.skin
+
+
+@dataclass(frozen=True)
+class Picture:
+    people: tuple[Person, ...]  # none, one, or two (left, right)
+    thing: str | None
+    background: tuple[str, str]  # ("scene", "beach") or ("plain", "red")
+    style: str | None = None
+    names: tuple[str | None, ...] = ()  # what each person is called in the caption
+    wide: bool = False
+    layout: int = field(default=0, compare=False)  # seed of place, size, mirroring
+
+
+def random_look(rng: random.Random, person: Person) -> Person:
+    """The same identity on another day."""
+    return replace(
+        person,
+        expression=rng.choice(list(EXPRESSION)),
+        clothes=rng.choice(list(CLOTHES)),
+        clothes_colour=rng.choice(list(CLOTHES_COLOUR)),
+    )
+
+
+def random_person(rng: random.Random) -> Person:
+    hair = rng.choice(list(HAIR))
+    noun = {"woman": "woman", "man": "man"}.get(HAIR[hair][1]) or rng.choice(("woman", "man"))
+    facial = rng.choices(list(FACIAL), (0.45, 0.3, 0.25))[0] if noun == "man" else "none"
+    glasses = rng.choices(list(GLASSES), (0.5, 0.2, 0.18, 0.12))[0]
+    person = Person(hair, rng.choice(list(HAIR_COLOUR)), rng.choice(list(SKIN)), glasses, facial, noun)
+    return random_look(rng, person)
+
+
+def held_out_keys(count: int = 72, seed: int = 20261123) -> list[tuple[str, str, str]]:
+    """The combinations that no base picture shows. The first 24 are the shipped identities, the rest serve bulk studies."""
+    keys = list(itertools.product(HAIR, HAIR_COLOUR, SKIN))
+    random.Random(seed).shuffle(keys)
+    return keys[:count]
+
+
+@functools.cache
+def _held_out() -> frozenset[tuple[str, str, str]]:
+    return frozenset(held_out_keys())
+
+
+def base_person(rng: random.Random) -> Person:
+    """Somebody the base may see."""
+    held_out = _held_out()
+    while (person := random_person(rng)).key in held_out:
+        pass
+    return person
+
+
+def random_picture(rng: random.Random, someone: Callable[[], Person], wide: bool = False) -> Picture:
+    kind = rng.random()
+    if wide:
+        people = (someone(), someone())
+    else:
+        people = () if kind < 0.12 else (someone(),)
+    thing = rng.choice(list(OBJECTS)) if not people or (not wide and kind < 0.30) else None
+    background = ("scene", rng.choice(SCENES)) if rng.random() < 0.6 else ("plain", rng.choice(list(PLAIN)))
+    style = rng.choice(list(STYLES)) if rng.random() < 0.12 else None
+    names = tuple(rng.choice(DECOYS) if rng.random() < 0.15 else None for _ in people)
+    return Picture(people, thing, background, style, names, wide, rng.getrandbits(32))
+
+
+def article(word: str) -> str:
+    return "an" if word[0] in "aeiou" else "a"
+
+
+# --- words ----------------------------------------------------------------------------------------------------------------
+def hair_words(person: Person) -> str:
+    if person.hair == "dreadlocks":
+        return f"{person.hair_colour} dreadlocks"
+    if person.hair in ("afro", "bun", "bob", "mullet", "quiff"):
+        return f"a {person.hair_colour} {person.hair}"
+    return f"{person.hair} {person.hair_colour} hair"
+
+
+def person_words(person: Person, name: str | None, keep: dict[str, bool]) -> str:
+    """`keep` says which phrases are told: identity, expression, clothes (missing keys: told)."""
+    told = lambda key: keep.get(key, True)  # noqa: E731
+    words = [person.expression] if told("expression") else []
+    words += [name] if name else []
+    words.append(person.noun)
+    words.insert(0, article(words[0]))
+    features = []
+    if told("hair"):
+        features.append(hair_words(person))
+    if told("skin"):
+        features.append(f"{person.skin} skin")
+    if told("glasses") and person.glasses != "none":
+        features.append({"glasses": "glasses", "sunglasses": "sunglasses", "eyepatch": "an eyepatch"}[person.glasses])
+    if told("facial") and person.facial != "none":
+        features.append(f"a {person.facial}")
+    if features:
+        words.append("with " + " and ".join(features))
+    if told("clothes"):
+        words.append(f"wearing {'' if person.clothes == 'overalls' else 'a '}{person.clothes_colour} {person.clothes}")
+    return " ".join(words)
+
+
+PHRASES = ("expression", "hair", "skin", "glasses", "facial", "clothes", "place")
+
+
+def caption(picture: Picture, rng: random.Random, *, keep_probability: float = 0.75, told: tuple[str, ...] = PHRASES) -> str:
+    """A caption that leaves each phrase out with probability 1 - keep_probability (glasses and facial hair: half of that).
+
+    `told` names the phrases that may be said at all.
+    """
+    parts = []
+    for index, person in enumerate(picture.people):
+        keep = {key: key in told and rng.random() < keep_probability for key in ("expression", "hair", "skin", "clothes")}
+        keep |= {key: key in told and rng.random() < (1 + keep_probability) / 2 for key in ("glasses", "facial")}
+        if rng.random() < 0.15:  # nothing of the identity is told
+            keep |= dict.fromkeys(IDENTITY, False)
+        text = person_words(person, picture.names[index] if picture.names else None, keep)
+        parts.append(text + (" on the left", " on the right")[index] if picture.wide else text)
+    if picture.thing:
+        thing = f"{article(picture.thing)} {picture.thing}"
+        parts.append(f"next to {thing}" if parts else thing)
+    joined = (" and " if picture.wide else " ").join(parts)
+    kind, name = picture.background
+    place = rng.choice(SCENE_WORDS[name]) if kind == "scene" else f"on {article(name)} {name} background"
+    prefix = STYLES[picture.style] if picture.style else rng.choice(PREFIXES)
+    said = [f"{prefix} {joined}".strip()]
+    if "place" in told and rng.random() < 0.9:
+        said.append(place)
+    return " ".join(said)
+
+
+def vocabulary() -> list[str]:
+    """Every word a caption or a trigger can hold, each to be one token."""
+    text = " ".join(
+        [*PREFIXES, *STYLES.values(), *(w for ws in SCENE_WORDS.values() for w in ws), *PLAIN, *OBJECTS, *HAIR, *HAIR_COLOUR, *SKIN]
+        + [*GLASSES, *FACIAL, *EXPRESSION, *CLOTHES, *CLOTHES_COLOUR, *DECOYS, *TRIGGERS["woman"], *TRIGGERS["man"]]
+        + "a an the and with without skin hair wearing on in at next to left right background woman man person two people".split()
+        + "standing together near of photo picture portrait style cat chair vase monument statue tower sks".split()
+    )
+    return list(dict.fromkeys(text.split()))
+
+
+# --- identities -----------------------------------------------------------------------------------------------------------
+def identities() -> dict[str, Person]:
+    """The 24 shipped identities by trigger word: the first twelve are the development set, the others the test set."""
+    rng = random.Random(7)
+    names = {noun: iter(words) for noun, words in TRIGGERS.items()}
+    people = {}
+    for key in held_out_keys()[:24]:
+        while (person := random_person(rng)).key != key:
+            pass
+        people[next(names[person.noun])] = person
+    return people
