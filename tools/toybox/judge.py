@@ -1,4 +1,4 @@
-"""Trains the toybox's attribute judge: `python judge.py DATA VAE OUT.safetensors --minutes 5`.
+"""Trains the toybox's attribute judge: `python judge.py DATA VAE OUT.safetensors --minutes 10`.
 
 On renders of base people only (none of the held-out identities), half of them passed through the autoencoder, so that its blur is
 no surprise. Prints the accuracy on 1,000 renders of *held-out combinations*, which it never saw.
@@ -69,7 +69,7 @@ def main() -> None:
     parser.add_argument("data", type=Path)
     parser.add_argument("vae", type=Path)
     parser.add_argument("out", type=Path)
-    parser.add_argument("--minutes", type=float, default=5)
+    parser.add_argument("--minutes", type=float, default=10, help="of processor time")
     arguments = parser.parse_args()
     torch.manual_seed(0)
     torch.set_num_threads(1)
@@ -80,8 +80,8 @@ def main() -> None:
         blurred = reconstruct(vae, pixels(images[:6000]).bfloat16()).float()
     judge = Judge(HEADS)
     optimizer = torch.optim.AdamW(judge.parameters(), lr=2e-3, weight_decay=0.02)
-    began, step = time.monotonic(), 0
-    while (progress := (time.monotonic() - began) / (60 * arguments.minutes)) < 1:
+    began, step = time.process_time(), 0  # of this process: the recipe is the same on a busy machine
+    while (progress := (time.process_time() - began) / (60 * arguments.minutes)) < 1:
         for group in optimizer.param_groups:
             group["lr"] = 2e-3 * min(1, (step + 1) / 100) * (1 - progress)
         if step % 3 == 2:

@@ -25,6 +25,8 @@ class Trainer:
     def __init__(self, rank: int, world: int, shared: dict[str, Any], folder: Path, seconds: float) -> None:
         self.rank, self.world, self.shared, self.folder, self.seconds = rank, world, shared, folder, seconds
         torch.set_num_threads(1)
+        if hasattr(os, "sched_setaffinity") and world <= (os.cpu_count() or 1):
+            os.sched_setaffinity(0, {rank})  # two that wait for each other must not be put on one core
 
     def fit(
         self,

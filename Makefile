@@ -1,0 +1,41 @@
+# Every target sets up what it needs in .venv. The first run downloads; later runs start at once.
+PYTHON ?= python3
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
+
+.PHONY: help demo test check fix bench
+
+help:
+	@echo "make demo    merge twelve concepts offline and write demo/report.html"
+	@echo "make test    run the tests"
+	@echo "make check   lint, formatting, types"
+	@echo "make fix     mend what the linter and the formatter can"
+	@echo "make bench   the solver against the published optimiser"
+
+demo: .venv/diffusion.stamp
+	$(BIN)/loraclr demo
+
+test: .venv/dev.stamp
+	$(BIN)/python -m pytest -q
+
+check: .venv/dev.stamp
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+fix: .venv/dev.stamp
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: .venv/dev.stamp
+	$(BIN)/python -m benchmarks.solver
+
+# torch goes first and alone: resolved together with the rest, pip may choose a build that brings gigabytes of CUDA packages.
+.venv/torch.stamp: constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(PIP) $$(grep '^torch==' constraints.txt)
+	touch $@
+
+.venv/%.stamp: pyproject.toml constraints.txt .venv/torch.stamp
+	$(PIP) --editable '.[$*]'
+	touch $@

@@ -1,0 +1,109 @@
+"""Many LoRAs in, one model out: merging N adapters of a diffusion model without retraining and without their training data.
+
+    merged = loraclr.merge(["rhea.safetensors", "theo.safetensors"], base=loraclr.Pipeline.load("path/or/hub-id"))
+    merged.save("both.safetensors")
+
+Nothing heavy is imported before a name below is used.
+"""
+
+from __future__ import annotations
+
+import sys
+from types import ModuleType
+from typing import TYPE_CHECKING
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from loraclr.adapter import Adapter, DenseLayer, LoraLayer
+    from loraclr.collect import Collection, Concept, collect
+    from loraclr.errors import FormatError, LoraclrError, MergeError, NumericalError, PipelineError, UsageError
+    from loraclr.formats import describe, load_adapter, save_adapter
+    from loraclr.generate import Generated, Region, generate, parse_region
+    from loraclr.merge import LayerReceipt, MergeResult, MergeWarning, merge
+    from loraclr.methods import METHODS, LayerMethod, LayerProblem, LayerSolution, make_method
+    from loraclr.pipeline import Pipeline
+    from loraclr.statistics import LayerStats, load_statistics, save_statistics
+    from loraclr.toybox import Toybox, open_toybox
+
+__all__ = [
+    "METHODS",
+    "Adapter",
+    "Collection",
+    "Concept",
+    "DenseLayer",
+    "FormatError",
+    "Generated",
+    "LayerMethod",
+    "LayerProblem",
+    "LayerReceipt",
+    "LayerSolution",
+    "LayerStats",
+    "LoraLayer",
+    "LoraclrError",
+    "MergeError",
+    "MergeResult",
+    "MergeWarning",
+    "NumericalError",
+    "Pipeline",
+    "PipelineError",
+    "Region",
+    "Toybox",
+    "UsageError",
+    "__version__",
+    "collect",
+    "describe",
+    "generate",
+    "load_adapter",
+    "load_statistics",
+    "make_method",
+    "merge",
+    "open_toybox",
+    "parse_region",
+    "save_adapter",
+    "save_statistics",
+]
+
+# Public name -> the module it lives in, imported at first use (PEP 562).
+_HOMES = {
+    name: module
+    for module, names in {
+        "adapter": ("Adapter", "DenseLayer", "LoraLayer"),
+        "collect": ("Collection", "Concept", "collect"),
+        "errors": ("FormatError", "LoraclrError", "MergeError", "NumericalError", "PipelineError", "UsageError"),
+        "formats": ("describe", "load_adapter", "save_adapter"),
+        "generate": ("Generated", "Region", "generate", "parse_region"),
+        "merge": ("LayerReceipt", "MergeResult", "MergeWarning", "merge"),
+        "methods": ("METHODS", "LayerMethod", "LayerProblem", "LayerSolution", "make_method"),
+        "pipeline": ("Pipeline",),
+        "statistics": ("LayerStats", "load_statistics", "save_statistics"),
+        "toybox": ("Toybox", "open_toybox"),
+    }.items()
+    for name in names
+}
+
+if not TYPE_CHECKING:
+
+    def __getattr__(name: str) -> object:
+        if name not in _HOMES:
+            raise AttributeError(f"module 'loraclr' has no attribute {name!r}")
+        from importlib import import_module
+
+        value = globals()[name] = getattr(import_module(f"loraclr.{_HOMES[name]}"), name)
+        return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+class _Package(ModuleType):
+    """The verbs live in modules of the same name. `loraclr.merge` is the function, whichever of the two was imported first."""
+
+    def __setattr__(self, name: str, value: object) -> None:
+        if isinstance(value, ModuleType) and name in _HOMES:
+            return  # the import system binding the submodule, which stays reachable by `from loraclr.merge import ...`
+        super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package

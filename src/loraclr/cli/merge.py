@@ -1,0 +1,157 @@
+"""`loraclr merge`: adapter files in, one adapter file and its receipt out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+from rich.text import Text
+
+from loraclr.cli import parse, show
+from loraclr.errors import UsageError
+
+if TYPE_CHECKING:
+    from loraclr.merge import LayerReceipt, MergeResult
+
+
+def merge(
+    files: Annotated[list[Path], typer.Argument(metavar="FILE...", help="Adapter files, or PEFT folders.", show_default=False)],
+    output: Annotated[Path, typer.Option(metavar="OUT", help="The file to write; its folder must exist.", show_default=False)],
+    base: Annotated[
+        str | None, typer.Option(help="Base model: a diffusers folder or a hub id. Weight-only methods need none.", show_default=False)
+    ] = None,
+    method: Annotated[str, typer.Option(help="A method, or METHOD:PRESET; see 'loraclr methods'.")] = "loraclr",
+    set_: Annotated[
+        list[str], typer.Option("--set", metavar="KEY=VALUE", help="A parameter of the method; repeatable.", show_default=False)
+    ] = [],  # noqa: B006
+    weight: Annotated[
+        list[str],
+        typer.Option(metavar="[NAME=]NUMBER", help="Strength of an adapter, by its file's name or in order; repeatable.", show_default="1"),
+    ] = [],  # noqa: B006
+    trigger: Annotated[
+        list[str],
+        typer.Option(metavar="NAME=WORDS", help="The words that call an adapter in a prompt; repeatable.", show_default="as the files say"),
+    ] = [],  # noqa: B006
+    rank: Annotated[int | None, typer.Option(min=1, help="The most per layer.", show_default="what the solution needs")] = None,
+    format: Annotated[Literal["kohya", "diffusers", "peft", "edlora"], typer.Option(help="Names and layout of the output.")] = "kohya",
+    dtype: Annotated[Literal["fp16", "fp32"], typer.Option(help="Precision of the output.")] = "fp16",
+    seed: Annotated[int, typer.Option(help="Of the noise that features are collected on.")] = 0,
+    measure: Annotated[bool, typer.Option("--measure", help="Report residuals also for methods that need no features.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace an existing OUT.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print the receipt as JSON.")] = False,
+) -> None:
+    """Merge adapters into one file, with a receipt of how well every concept survived.
+
+    Example: loraclr merge rhea.safetensors theo.safetensors --base toy/base --output both.safetensors
+    """
+    _check_output(output, format, force=force)
+    names = [parse.adapter_name(path) for path in files]
+    weights = parse.weights(weight, names)
+    calls = dict(parse.pair(text, "--trigger") for text in trigger)
+
+    import torch
+
+    from loraclr.merge import merge as run
+    from loraclr.methods import METHODS, make_method, parameters
+    from loraclr.pipeline import Pipeline
+
+    known = METHODS.get(method.partition(":")[0])
+    solver = make_method(method, **parse.settings(set_, {row.name: row.type for row in parameters(known)} if known else {}))
+    pipeline = None if base is None else Pipeline.load(base)
+    with show.progress(quiet=json) as tell:
+        result = run(
+            files,
+            base=pipeline,
+            method=solver,
+            weights=weights,
+            calls=calls,
+            rank=rank,
+            seed=seed,
+            measure=measure,
+            name=output.name if format == "peft" else output.stem,
+            progress=tell,
+        )
+    written = result.save(output, format=format, dtype={"fp16": torch.float16, "fp32": torch.float32}[dtype])
+    sidecar = next((path for path in _companions(written)[1:] if path.exists()), None)
+    if json:
+        show.as_json({"output": str(written), "tokens": None if sidecar is None else str(sidecar), **result.receipt()})
+    else:
+        _show(result, written, sidecar)
+
+
+def _check_output(output: Path, format: str, *, force: bool) -> None:
+    """Everything that would make the writing fail, said before any work."""
+    endings = {"kohya": (".safetensors",), "diffusers": (".safetensors",), "peft": ("",), "edlora": (".pth", ".pt")}[format]
+    if output.suffix not in endings:
+        made = "a folder: leave the ending off" if endings == ("",) else f"a file: end its name in {' or '.join(endings)}"
+        raise UsageError(f"--output {output}: format {format} is {made}")
+    if not output.parent.is_dir():
+        raise UsageError(f"--output {output}: there is no folder {output.parent}; make it first")
+    taken = [path.name for path in (output, *_companions(output)) if path.exists()]
+    if taken and not force:
+        raise UsageError(f"--output {output}: {', '.join(taken)} exists already; give another name, or --force to replace")
+
+
+def _companions(output: Path) -> list[Path]:
+    """What a merge writes beside its output: the receipt and the learned tokens."""
+    return [output.with_name(f"{output.name}.json"), output.with_name(output.name.removesuffix(".safetensors") + ".tokens.safetensors")]
+
+
+def _show(result: MergeResult, written: Path, sidecar: Path | None) -> None:
+    columns = ("layers", "rank", "lost", "fit", "held out", "hinge")
+    stages = show.table("stage", *columns, numbers=columns, title=f"{result.method}, {len(result.inputs)} adapters")
+    for stage in sorted({layer.stage for layer in result.layers}):
+        layers = [layer for layer in result.layers if layer.stage == stage]
+        ranks = sorted({layer.rank for layer in layers})
+        active = sum(bool(layer.diagnostics.get("hinge_active")) for layer in layers)
+        stages.add_row(
+            _stage_name([layer.layer for layer in layers]),
+            str(len(layers)),
+            str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]}-{ranks[-1]}",
+            _percent(max(layer.lost for layer in layers)),
+            _mean(layers, "fit"),
+            _mean(layers, "held_out"),
+            f"{active} of {len(layers)}" if any("hinge_active" in layer.diagnostics for layer in layers) else "-",
+        )
+    concepts = show.table("concept", "called by", "weight", "fit", "held out", numbers=("weight", "fit", "held out"))
+    for entry in result.inputs:
+        name = str(entry["name"])
+        residuals = (_mean(result.layers, kind, name) for kind in ("fit", "held_out"))
+        concepts.add_row(name, Text(str(entry["call"] or "not stated")), f"{entry['weight']:g}", *residuals)
+    show.out.print(stages, "", concepts, "")
+    if any(layer.residuals for layer in result.layers):
+        show.out.print("fit, held out: mean residual; 0 is the adapter's own behaviour, 1 the base's", style="dim", markup=False)
+    advised = [layer for layer in result.layers if layer.advice]
+    for layer in advised[:3]:
+        show.out.print(f"{layer.layer}: {layer.advice}", style="yellow", markup=False)
+    if len(advised) > 3:
+        show.out.print(f"and advice on {len(advised) - 3} more layers in the receipt", style="yellow")
+    show.out.print(f"written: {written}\nreceipt: {written.name}.json", markup=False)
+    if sidecar is not None:
+        show.out.print(f"learned tokens: {sidecar} (keep it beside the merged file)", markup=False)
+
+
+def _stage_name(layers: Sequence[str]) -> str:
+    text = [name.startswith("text_encoder") for name in layers]
+    keys = [name.endswith((".attn2.to_k", ".attn2.to_v")) for name in layers]
+    if all(text):
+        return "text encoder"
+    if all(keys):
+        return "cross-attention keys and values"
+    return "all layers" if any(text) or any(keys) else "other layers"
+
+
+def _mean(layers: Sequence[LayerReceipt], kind: str, concept: str | None = None) -> str:
+    values = [
+        value
+        for layer in layers
+        for key, value in layer.residuals.items()
+        if key.startswith(f"{kind}/") and concept in (None, key.split("/", 1)[1])
+    ]
+    return f"{sum(values) / len(values):.3f}" if values else "-"
+
+
+def _percent(share: float) -> str:
+    return "0" if share == 0 else f"{share:.1%}" if share >= 5e-4 else "<0.1%"

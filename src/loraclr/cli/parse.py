@@ -1,0 +1,98 @@
+"""From words on a command line to values. Every mistake is a UsageError that says what was expected."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, get_origin
+
+from loraclr.errors import UsageError
+
+
+def pair(text: str, what: str) -> tuple[str, str]:
+    """`NAME=VALUE`."""
+    name, equals, value = text.partition("=")
+    if not equals or not name.strip() or not value.strip():
+        raise UsageError(f"{what} {text!r} is not of the form NAME=VALUE")
+    return name.strip(), value.strip()
+
+
+def settings(texts: Sequence[str], types: Mapping[str, Any]) -> dict[str, object]:
+    """`--set NAME=VALUE` words, given the types of a method's parameters; whether they suit the method is for the method to say."""
+    found: dict[str, object] = {}
+    for text in texts:
+        name, value = pair(text, "--set")
+        if name in found:
+            raise UsageError(f"--set {name} is given twice; keep one")
+        found[name] = tuple(_value(part) for part in value.split(",")) if get_origin(types.get(name)) is tuple else _value(value)
+    return found
+
+
+def _value(text: str) -> object:
+    """A whole number, a number, true, false, none, or the word itself."""
+    words: dict[str, object] = {"true": True, "false": False, "none": None}
+    if text.lower() in words:
+        return words[text.lower()]
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text
+
+
+def weights(texts: Sequence[str], names: Sequence[str]) -> list[float] | None:
+    """`--weight` words: all plain numbers, one per adapter in order, or all NAME=NUMBER, the others staying at 1. None without any."""
+    if not texts:
+        return None
+    named = ["=" in text for text in texts]
+    if not any(named):
+        if len(texts) != len(names):
+            raise UsageError(f"{len(names)} adapters and {len(texts)} plain weights; give one for each in order, or --weight NAME=NUMBER")
+        return [number(text, "--weight") for text in texts]
+    if not all(named):
+        raise UsageError("--weight takes either plain numbers in the order of the files or NAME=NUMBER, not both")
+    found: dict[str, float] = {}
+    for text in texts:
+        name, value = (part.strip() for part in text.rsplit("=", 1))
+        if name not in names:
+            near = difflib.get_close_matches(name, names, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise UsageError(f"--weight {text!r}: the adapters are {', '.join(names)}{hint}")
+        if name in found:
+            raise UsageError(f"--weight {name} is given twice; keep one")
+        found[name] = number(value, "--weight")
+    return [found.get(name, 1.0) for name in names]
+
+
+def number(text: str, what: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise UsageError(f"{what} {text!r} is not a number")
+    return value
+
+
+def size(text: str) -> tuple[int, int]:
+    """`HEIGHTxWIDTH` in pixels."""
+    parts = text.lower().split("x")
+    if len(parts) != 2 or not all(part.strip().isdecimal() for part in parts):
+        raise UsageError(f"--size {text!r} is not HEIGHTxWIDTH in pixels, such as 512x768")
+    return int(parts[0]), int(parts[1])
+
+
+def lora(text: str) -> tuple[Path, float]:
+    """`FILE` or `FILE:SCALE`. A file that exists under the whole text is meant as it stands."""
+    name, colon, scale = text.rpartition(":")
+    if not colon or Path(text).exists():
+        return Path(text), 1.0
+    return Path(name), number(scale, f"--lora {name}: the scale")
+
+
+def adapter_name(path: Path) -> str:
+    """What `load_adapter` calls it."""
+    return path.name if path.is_dir() else path.stem

@@ -1,0 +1,172 @@
+"""VERB. Prompts through one adapter at a time -> what every adapted layer saw, as streaming statistics.
+
+A concept is run with its own adapter in the stage at hand and with the *merged* layers of the earlier stages, from the same latent
+seed as every other concept. All concepts record the union of adapted layers: where one has no delta, its target is no change.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from loraclr.adapter import Adapter, Layer
+from loraclr.errors import UsageError
+from loraclr.pipeline import Pipeline
+from loraclr.statistics import Accumulator, LayerStats, Moments
+
+FIT_TEMPLATES = (
+    "a photo of a {}", "a {}", "a portrait of a {} on a beach", "a picture of a {} in a forest", "a photo of a {} in a city",
+    "a photo of a {} wearing a red shirt",
+)  # fmt: skip
+HELD_OUT_TEMPLATES = ("a photo of a {} in the snow", "a picture of a {} wearing a blue hoodie at night")
+PRESERVE_PROMPTS = (
+    "", "a photo of a woman", "a photo of a man", "a woman on a beach", "a man in a forest", "a portrait of a woman in a city",
+    "a picture of a man in the snow", "a smiling woman wearing a red shirt", "an angry man wearing a blue hoodie",
+    "a photo of a dog", "a photo of a house", "a tree in a field",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Concept:
+    """An adapter and the words that call it in a prompt: `rhea woman`, or `<rhea1> <rhea2>`."""
+
+    adapter: Adapter
+    call: str
+    weight: float = 1.0
+
+    @property
+    def name(self) -> str:
+        return self.adapter.name
+
+
+@dataclass(frozen=True)
+class Collection:
+    """Which prompts, how many denoising steps, how many latent seeds."""
+
+    fit: tuple[str, ...] = FIT_TEMPLATES  # templates; {} is where the concept's call goes
+    held_out: tuple[str, ...] = HELD_OUT_TEMPLATES  # only judge
+    preserve: tuple[str, ...] = PRESERVE_PROMPTS  # prompts without any concept
+    steps: int = 20  # denoising steps, all recorded, conditional only
+    padded: bool = True  # text rows of the positions that samplers pad to 77, too
+    sample: int = 64  # paired rows kept per concept and layer
+    seed: int = 0  # of the latents, the same for every concept
+
+    def __post_init__(self) -> None:
+        wrong = [template for template in (*self.fit, *self.held_out) if template.count("{}") != 1]
+        if wrong or not self.fit:
+            raise UsageError(f"templates need exactly one {{}} for the concept's words, and at least one must be given; seen {wrong}")
+
+
+@dataclass
+class _Recorder:
+    """Streams the rows of one run into accumulators, and keeps a few of them, chosen alike for every concept."""
+
+    accumulators: dict[str, Accumulator] = field(default_factory=dict)
+    kept: dict[str, list[Tensor]] = field(default_factory=dict)
+    keep: int = 0  # rows of each call; from the end, where texts of different length agree
+
+    def add(self, name: str, rows: Tensor) -> None:
+        if name not in self.accumulators:
+            self.accumulators[name] = Accumulator(rows.shape[1])
+        self.accumulators[name].add(rows)
+        if self.keep:
+            stride = max(1, len(rows) // self.keep)
+            self.kept.setdefault(name, []).append(rows.flip(0)[::stride][: self.keep].to(torch.float32).clone())
+
+    def moments(self) -> dict[str, Moments]:
+        return {name: accumulator.result() for name, accumulator in self.accumulators.items()}
+
+
+def collect(
+    pipeline: Pipeline,
+    concepts: Sequence[Concept],
+    names: Sequence[str],
+    *,
+    settings: Collection | None = None,
+    merged: Mapping[str, Layer] | None = None,
+    progress: Callable[[str], None] | None = None,
+) -> dict[str, LayerStats]:
+    """The statistics of one stage's layers `names` for all concepts, with the `merged` layers of earlier stages applied.
+
+    Raises PipelineError where a layer is not the pipeline's, FormatError on features that are not finite.
+    """
+    settings = settings or Collection()
+    stage = _stage_of(pipeline, names)
+    tokens = {token: rows for concept in concepts for token, rows in concept.adapter.tokens.items()}
+    runs: dict[str, dict[str, _Recorder]] = {}
+    preserve = _Recorder()
+    with ExitStack() as stack, torch.inference_mode():
+        stack.enter_context(pipeline.applied(dict(merged or {})))
+        stack.enter_context(pipeline.with_tokens(tokens))
+        for concept in concepts:
+            own = {layer.name: layer for layer in concept.adapter if layer.name in set(names)}
+            runs[concept.name] = {"fit": _Recorder(keep=_per_call(settings, stage)), "held_out": _Recorder()}
+            with pipeline.applied(own, scale=concept.weight):
+                for kind, templates in (("fit", settings.fit), ("held_out", settings.held_out)):
+                    prompts = [template.format(concept.call) for template in templates]
+                    _record(pipeline, stage, names, prompts, settings, runs[concept.name][kind])
+            if progress:
+                progress(concept.name)
+        _record(pipeline, stage, names, list(settings.preserve), settings, preserve)
+        if progress:
+            progress("preservation")
+    fit = {name: recorders["fit"].moments() for name, recorders in runs.items()}
+    held_out = {name: recorders["held_out"].moments() for name, recorders in runs.items() if recorders["held_out"].accumulators}
+    ordinary = preserve.moments()
+    return {
+        name: LayerStats(
+            name,
+            {concept: moments[name] for concept, moments in fit.items()},
+            {concept: moments[name] for concept, moments in held_out.items()},
+            ordinary.get(name),
+            _paired({concept: recorders["fit"].kept.get(name, []) for concept, recorders in runs.items()}, settings.sample),
+        )
+        for name in names
+    }
+
+
+def _stage_of(pipeline: Pipeline, names: Sequence[str]) -> str:
+    stages = pipeline.stages(names)
+    if len(stages) != 1:
+        raise UsageError(f"statistics are collected stage by stage, but these {len(names)} layers belong to {len(stages)} stages")
+    if names[0].startswith("text_encoder"):
+        return "text"
+    return "spatial" if pipeline.cross_attention_index(names[0]) is None else "keys"
+
+
+def _per_call(settings: Collection, stage: str) -> int:
+    calls = len(settings.fit) * (settings.steps if stage == "spatial" else 1)
+    return max(1, -(-settings.sample // calls)) if settings.sample else 0
+
+
+def _record(
+    pipeline: Pipeline, stage: str, names: Sequence[str], prompts: list[str], settings: Collection, recorder: _Recorder
+) -> None:
+    if not prompts:
+        return
+    if stage == "text":
+        with pipeline.captured(names, recorder.add):
+            for prompt in prompts:
+                pipeline.encode([prompt], pad=settings.padded)
+    elif stage == "keys":
+        for prompt in prompts:
+            states = pipeline.encode([prompt], pad=settings.padded)[0]  # (tokens, dim) or (layers, tokens, dim)
+            for name in names:
+                index = pipeline.cross_attention_index(name)
+                recorder.add(name, states if states.ndim == 2 or index is None else states[index])
+    else:
+        seeds = [settings.seed + index for index in range(len(prompts))]
+        with pipeline.captured(names, recorder.add):
+            pipeline.denoise(pipeline.encode(prompts), seeds=seeds, steps=settings.steps)
+
+
+def _paired(kept: Mapping[str, list[Tensor]], limit: int) -> dict[str, Tensor]:
+    """The same number of rows of each call for every concept, aligned at the end; at most `limit` rows."""
+    if not limit or not all(kept.values()):
+        return {}
+    counts = [min(len(rows) for rows in call) for call in zip(*kept.values(), strict=True)]
+    return {name: torch.cat([rows[:count] for rows, count in zip(calls, counts, strict=True)])[:limit] for name, calls in kept.items()}

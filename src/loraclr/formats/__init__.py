@@ -1,0 +1,123 @@
+"""Files to adapters and back. One module per format; each file is claimed by exactly one of them.
+
+A new format is one module with the members of `AdapterFormat`, and its name in `FORMATS`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import nullcontext
+from difflib import get_close_matches
+from pathlib import Path
+
+import torch
+
+from loraclr.adapter import Adapter
+from loraclr.errors import FormatError
+from loraclr.formats import diffusers, edlora, files, header, kohya, peft, sidecar
+from loraclr.formats.base import FLOATS, AdapterFormat, Content, PrecisionWarning, unplaced
+from loraclr.formats.report import FileReport, report
+
+__all__ = [
+    "FORMATS",
+    "AdapterFormat",
+    "Content",
+    "FileReport",
+    "PrecisionWarning",
+    "describe",
+    "detect_format",
+    "load_adapter",
+    "save_adapter",
+]
+
+FORMATS: tuple[AdapterFormat, ...] = (kohya, diffusers, peft, edlora)
+
+
+def load_adapter(path: str | Path, *, name: str | None = None) -> Adapter:
+    """The adapter in a file or PEFT folder, with the tokens of a `NAME.tokens.safetensors` beside it.
+
+    `name` defaults to the file's name without its ending. Raises FormatError for whatever cannot be read completely.
+    """
+    return _load(Path(path), name)[0]
+
+
+def save_adapter(
+    adapter: Adapter,
+    path: str | Path,
+    *,
+    format: str = "kohya",
+    dtype: torch.dtype = torch.float16,
+    metadata: Mapping[str, str] | None = None,
+) -> Path:
+    """Writes `adapter` so that every loader of `format` applies it at full strength; returns the path.
+
+    The file appears whole or not at all, and equal adapters make equal bytes. Learned tokens go to `NAME.tokens.safetensors`
+    unless the format holds them. Raises FormatError for what the format cannot hold and for values that overflow `dtype`;
+    warns with PrecisionWarning when some layer loses more than 1e-3 of its norm.
+    """
+    path, target = Path(path), _by_id(format)
+    with files.about(path):
+        if dtype not in FLOATS.values():
+            raise FormatError(f"weights cannot be written as {dtype}; use one of {', '.join(FLOATS)}")
+        suffixes = files.SUFFIXES[target.storage]
+        if target.storage != "folder" and path.suffix not in suffixes:
+            raise FormatError(f"format {format!r} makes files ending in {' or '.join(suffixes)}; rename the output")
+        if target.storage == "folder" and path.suffix in {".safetensors", ".pth", ".pt"}:
+            raise FormatError(f"format {format!r} makes a folder; leave {path.suffix!r} off its name")
+        if not len(adapter) and not (target.holds_tokens and adapter.tokens):
+            raise FormatError("the adapter has no layers, so there is nothing to write; check what was merged")
+        content = target.write(adapter, dtype)
+        content = Content(content.tensors, header.outgoing(adapter, metadata or {}) | dict(content.metadata))
+        with nullcontext() if target.holds_tokens else sidecar.written(adapter.tokens, path):
+            files.write(content, path, target.storage)
+    return path
+
+
+def detect_format(path: str | Path) -> str:
+    """The `id` of the format that claims the file."""
+    with files.about(Path(path)):
+        return _claim(files.read(Path(path))).id
+
+
+def describe(path: str | Path) -> FileReport:
+    """Reads the whole file and says what is in it, with its SHA-256 and remarks worth a user's attention."""
+    adapter, target = _load(Path(path), None)
+    with files.about(Path(path)):
+        size = sum(member.stat().st_size for member in files.members(Path(path)))
+        return report(adapter, path=Path(path), format=target.id, size=size, sha256=files.digest(Path(path)))
+
+
+def _load(path: Path, name: str | None) -> tuple[Adapter, AdapterFormat]:
+    with files.about(path):
+        content = files.read(path)
+        target = _claim(content)
+        adapter = target.read(content)
+        tokens = dict(adapter.tokens) if target.holds_tokens else sidecar.read(path)
+        adapter = adapter.with_(
+            name=name or (path.name if path.is_dir() else path.stem),
+            tokens=tokens,
+            triggers=header.triggers(content.metadata),
+            family=header.family(content.metadata),
+            metadata=content.metadata,
+        )
+    return adapter, target
+
+
+def _claim(content: Content) -> AdapterFormat:
+    claims = [one for one in FORMATS if one.detect(content.tensors, content.metadata)]
+    if len(claims) > 1:
+        raise FormatError(f"has keys of {' and '.join(one.id for one in claims)} at once; split it into one file per format")
+    if claims:
+        return claims[0]
+    if sidecar.MARK in content.metadata:
+        raise FormatError("holds the learned tokens of an adapter; load the file it lies beside, the tokens come along")
+    raise unplaced(content.tensors, "any known format")
+
+
+def _by_id(format: str) -> AdapterFormat:
+    for one in FORMATS:
+        if one.id == format:
+            return one
+    known = [one.id for one in FORMATS]
+    near = get_close_matches(format, known, n=1)
+    raise FormatError(f"no format {format!r}; use one of {', '.join(known)}" + (f" (did you mean {near[0]!r}?)" if near else ""))

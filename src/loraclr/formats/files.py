@@ -1,0 +1,232 @@
+"""Between a path and `Content`: the only module here that touches the disk. What comes from a file is believed only once checked."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import shutil
+import tempfile
+import zipfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from loraclr.errors import FormatError
+from loraclr.formats.base import FLOATS, Content, Storage
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+SUFFIXES: dict[Storage, tuple[str, ...]] = {"file": (".safetensors",), "torch": (".pth", ".pt"), "folder": ("",)}
+_CONFIG_BYTES = 4 << 20
+_ZIP_SLACK = 1 << 10
+
+
+@contextmanager
+def about(path: Path) -> Iterator[None]:
+    """Every error from inside becomes one FormatError that begins with the path."""
+    try:
+        yield
+    except FormatError as error:
+        raise FormatError(f"{path}: {error}") from error
+    except (OSError, SafetensorError) as error:
+        raise FormatError(f"{path}: cannot be read or written ({error}); check the path, or fetch the file again") from error
+
+
+def read(path: Path) -> Content:
+    """The checked content of a .safetensors file, a .pth / .pt file or a PEFT folder."""
+    if path.is_dir():
+        content = _read_folder(path)
+    elif not path.exists():
+        raise FormatError("there is no such file; check the path")
+    elif not path.is_file():  # opening a pipe would wait for ever
+        raise FormatError("is no ordinary file; check the path")
+    elif path.suffix in SUFFIXES["torch"]:
+        content = _read_torch(path)
+    elif path.suffix == ".safetensors":
+        content = _read_safetensors(path)
+    else:
+        raise FormatError(f"files ending in {path.suffix!r} are not read; convert it to .safetensors first")
+    if not content.tensors:
+        raise FormatError("there are no tensors in it; fetch the file again")
+    for key, tensor in content.tensors.items():
+        # Trainers store alpha as an integer now and then; it is a number, not a weight.
+        if tensor.dtype not in FLOATS.values() and not (key.endswith("alpha") and tensor.numel() == 1):
+            raise FormatError(f"{key} has type {tensor.dtype}; expected one of {', '.join(FLOATS)}: convert the file first")
+        if not torch.isfinite(tensor).all():
+            raise FormatError(f"{key} holds NaN or infinite values; the file is damaged or its training diverged")
+    return content
+
+
+def members(path: Path) -> list[Path]:
+    """The files an adapter at `path` consists of, sorted."""
+    if not path.is_dir():
+        return [path]
+    return sorted(found for folder in _folders(path) for found in (path / folder / CONFIG, path / folder / WEIGHTS) if found.exists())
+
+
+def digest(path: Path) -> str:
+    """SHA-256 of the file, in hex; of a folder, of its members' relative names and digests."""
+    if not path.is_dir():
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    lines = "".join(f"{digest(member)}  {member.relative_to(path).as_posix()}\n" for member in members(path))
+    return hashlib.sha256(lines.encode()).hexdigest()
+
+
+def write(content: Content, path: Path, storage: Storage) -> None:
+    """Puts `content` at `path` in one step: whoever looks sees the old file or the whole new one. Equal content, equal bytes."""
+    if storage == "folder":
+        _write_folder(content, path)
+    else:
+        data = _torch_bytes(content) if storage == "torch" else safetensors_bytes(content.tensors, content.metadata)
+        _write_file(data, path)
+
+
+def safetensors_bytes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
+    """The library's own serialisation, with the header's metadata in sorted order: the library shuffles it from run to run."""
+    wrong = [key for key, value in metadata.items() if not isinstance(value, str)]
+    if wrong:
+        raise FormatError(f"metadata {wrong[0]!r} is a {type(metadata[wrong[0]]).__name__}; safetensors metadata must be text: use str()")
+    plain = safetensors.torch.save({key: tensors[key].detach().cpu().contiguous().clone() for key in sorted(tensors)})
+    size = int.from_bytes(plain[:8], "little")
+    entries: dict[str, Any] = json.loads(plain[8 : 8 + size])
+    header = json.dumps({"__metadata__": dict(sorted(metadata.items())), **entries}, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % 8)  # tensors stay aligned
+    return len(header).to_bytes(8, "little") + header + plain[8 + size :]
+
+
+def _read_safetensors(path: Path) -> Content:
+    try:
+        with safe_open(path, framework="pt") as file:
+            return Content({key: file.get_tensor(key) for key in file.keys()}, dict(file.metadata() or {}))  # noqa: SIM118
+    except (SafetensorError, ValueError, RuntimeError, AttributeError, TypeError) as error:
+        raise FormatError(f"is no valid safetensors file ({error}); fetch it again") from error
+
+
+def _read_folder(path: Path) -> Content:
+    tensors: dict[str, Tensor] = {}
+    metadata: dict[str, str] = {}
+    for folder in _folders(path):
+        config, weights = path / folder / CONFIG, path / folder / WEIGHTS
+        if not config.is_file() or not weights.is_file():
+            raise FormatError(f"the folder {folder or '.'} lacks {(WEIGHTS if config.is_file() else CONFIG)}; pass a whole PEFT folder")
+        if config.stat().st_size > _CONFIG_BYTES:
+            raise FormatError(f"{folder}{CONFIG} has {config.stat().st_size} bytes, too many for a configuration; fetch it again")
+        part = _read_safetensors(weights)
+        tensors |= {folder + key: tensor for key, tensor in part.tensors.items()}
+        metadata |= part.metadata
+        metadata[folder + CONFIG] = config.read_text("utf-8", errors="replace")
+    if not tensors and not metadata:
+        raise FormatError(f"a folder without {CONFIG}, here or in its subfolders; pass a LoRA file or a PEFT folder")
+    return Content(tensors, metadata)
+
+
+def _folders(path: Path) -> list[str]:
+    """`""` for a PEFT folder itself, else `unet/`, ... for the PEFT folders in it."""
+    if (path / CONFIG).exists() or (path / WEIGHTS).exists():
+        return [""]
+    return sorted(f"{child.name}/" for child in path.iterdir() if (child / CONFIG).exists() or (child / WEIGHTS).exists())
+
+
+def _read_torch(path: Path) -> Content:
+    """`{"params": {section: {name: tensor}}, "metadata": {...}}`, unpickled with weights_only and nothing else."""
+    if not zipfile.is_zipfile(path):
+        raise FormatError("is no torch zip file (torch 1.6 or later); fetch it again, or load and save it where you trust it")
+    try:
+        with zipfile.ZipFile(path) as archive:
+            unpacked = sum(entry.file_size for entry in archive.infolist())
+        if unpacked > path.stat().st_size + _ZIP_SLACK:
+            raise FormatError(f"would unpack to {unpacked} bytes; torch never compresses, so this is no honest file: discard it")
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except FormatError:
+        raise
+    except Exception as error:  # a forged archive can make the unpickler raise anything
+        reason = (str(error) or repr(error)).splitlines()[0]
+        raise FormatError(f"cannot be unpickled as plain tensors ({reason}); fetch it again from a source you trust") from error
+    params = content.get("params") if isinstance(content, dict) else None
+    if not isinstance(params, dict) or not content.keys() <= {"params", "metadata"}:
+        raise FormatError("holds no 'params' dictionary as ED-LoRA files do; convert it to .safetensors first")
+    tensors = {}
+    for section, entries in params.items():
+        for name, tensor in (entries or {}).items() if isinstance(entries, dict | None) else [("", entries)]:
+            if not _is_plain(tensor):
+                raise FormatError(f"params/{section}/{name} is no ordinary tensor; the file is not an ED-LoRA, convert it first")
+            tensors[f"params/{section}/{name}"] = tensor.detach()
+    metadata = content.get("metadata") or {}
+    return Content(tensors, {key: value for key, value in metadata.items() if isinstance(key, str) and isinstance(value, str)})
+
+
+def _is_plain(tensor: object) -> bool:
+    """A dense CPU tensor that owns as much memory as its shape claims; pickles can also make views of nothing."""
+    return (
+        isinstance(tensor, Tensor)
+        and tensor.layout == torch.strided
+        and tensor.device.type == "cpu"
+        and tensor.numel() * tensor.element_size() <= tensor.untyped_storage().nbytes()
+    )
+
+
+def _torch_bytes(content: Content) -> bytes:
+    params: dict[str, dict[str, Tensor]] = {"new_concept_embedding": {}, "text_encoder": {}, "unet": {}}
+    for key in sorted(content.tensors):
+        _, section, name = key.split("/", 2)
+        params[section][name] = content.tensors[key].detach().cpu().clone()
+    saved: dict[str, Any] = {"params": params}
+    if content.metadata:
+        saved["metadata"] = dict(sorted(content.metadata.items()))
+    buffer = io.BytesIO()  # a buffer, not the path: torch puts the file's name into the archive, and equal content should be equal bytes
+    torch.save(saved, buffer)
+    return buffer.getvalue()
+
+
+def _write_file(data: bytes, path: Path) -> None:
+    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o666 & ~_umask())
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def _write_folder(content: Content, path: Path) -> None:
+    if path.exists() and not (path.is_dir() and (members(path) or not any(path.iterdir()))):
+        raise FormatError("exists and is no PEFT folder; choose another name")
+    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    try:
+        shared = {key: value for key, value in content.metadata.items() if not key.endswith(CONFIG)}
+        for key, text in content.metadata.items():
+            if key.endswith(CONFIG):
+                folder = key.removesuffix(CONFIG)
+                (temporary / folder).mkdir(exist_ok=True)
+                mine = {name.removeprefix(folder): tensor for name, tensor in content.tensors.items() if name.startswith(folder)}
+                _write_file(text.encode() + b"\n", temporary / key)
+                _write_file(safetensors_bytes(mine, shared), temporary / folder / WEIGHTS)
+        os.chmod(temporary, 0o777 & ~_umask())
+        if path.exists():
+            old = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+            os.replace(path, old / "old")
+            os.replace(temporary, path)
+            shutil.rmtree(old)
+        else:
+            os.replace(temporary, path)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

@@ -1,0 +1,67 @@
+"""What a file is, in one record, for people and for the command line."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from loraclr.adapter import Adapter, DenseLayer, LoraLayer
+
+
+@dataclass(frozen=True)
+class FileReport:
+    """One adapter file. `layers` counts by component, `ranks` and `scales` count low-rank layers, `dense` counts full differences."""
+
+    path: Path
+    format: str
+    family: str | None
+    layers: Mapping[str, int]
+    dense: int
+    ranks: Mapping[int, int]
+    scales: Mapping[float, int]
+    dtypes: tuple[str, ...]
+    tokens: Mapping[str, tuple[int, ...]]
+    triggers: tuple[str, ...]
+    size: int  # bytes, without a tokens sidecar
+    sha256: str  # hex; of a folder, over its members
+    warnings: tuple[str, ...]
+
+
+def report(adapter: Adapter, *, path: Path, format: str, size: int, sha256: str) -> FileReport:
+    """The record of `adapter`, read from `path`."""
+    low = [layer for layer in adapter if isinstance(layer, LoraLayer)]
+    dense = [layer for layer in adapter if isinstance(layer, DenseLayer)]
+    tensors = [layer.down for layer in low] + [layer.change for layer in dense]
+    return FileReport(
+        path=path,
+        format=format,
+        family=adapter.family,
+        layers=dict(sorted(Counter(layer.name.split(".", 1)[0] for layer in adapter).items())),
+        dense=len(dense),
+        ranks=dict(sorted(Counter(layer.rank for layer in low).items())),
+        scales=dict(sorted(Counter(layer.scale for layer in low).items())),
+        dtypes=tuple(sorted({str(tensor.dtype).removeprefix("torch.") for tensor in tensors})),
+        tokens={token: tuple(rows.shape) for token, rows in adapter.tokens.items()},
+        triggers=adapter.triggers,
+        size=size,
+        sha256=sha256,
+        warnings=tuple(_warnings(adapter, low, format)),
+    )
+
+
+def _warnings(adapter: Adapter, low: list[LoraLayer], format: str) -> list[str]:
+    notes = []
+    if format == "kohya" and len({round(layer.scale * layer.rank, 4) for layer in low}) > 1:
+        notes.append("its layers have different alphas, which diffusers reads wrongly; writing it again with loraclr mends that")
+    silent = [layer.name for layer in low if layer.scale == 0 or not layer.up.any() or not layer.down.any()]
+    if silent:
+        notes.append(f"{len(silent)} layers change nothing, the first is {silent[0]}")
+    if not adapter.triggers and not adapter.tokens:
+        notes.append("it names no trigger words: state them when merging")
+    if adapter.family is None:
+        notes.append("it does not say which family of models it is for")
+    elif adapter.family != "sd1" and not adapter.family.startswith("toy"):
+        notes.append(f"it is for {adapter.family} models")
+    return notes

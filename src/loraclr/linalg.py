@@ -1,0 +1,183 @@
+"""Linear algebra of stacked factors and ridge problems. Tensors only; it knows nothing of LoRA. Everything is float64.
+
+A matrix D (out, in) is written up @ down with up (out, k), down (k, in). A Gram is X^T X (in, in) of feature rows X (rows, in).
+Only unbatched Cholesky, QR, SVD and eigh are used: torch's batched LU is broken on CPU (pytorch#142815).
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from loraclr.errors import NumericalError
+
+JITTER = (1e-12, 1e-10, 1e-8)  # times the mean diagonal, tried in turn
+NULL = 1e-12  # eigenvalues of a Gram below this share of the largest are rounding, not signal
+
+
+class Truncation(NamedTuple):
+    """up @ down of rank at most `rank`; `lost` is the relative error, 0..1, in the metric it was cut in."""
+
+    up: Tensor  # (out, rank)
+    down: Tensor  # (rank, in)
+    lost: float
+
+
+def gram(rows: Tensor) -> Tensor:
+    """X^T X (in, in), float64, of rows (rows, in) of any float type."""
+    rows = rows.detach().to(torch.float64)
+    if rows.device.type == "cpu":
+        array = rows.numpy()
+        return torch.from_numpy(array.T @ array)  # numpy sees the symmetry (syrk) and needs half the work
+    return rows.T @ rows
+
+
+def svd_of_product(up: Tensor, down: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Thin SVD U, s, V^T of up @ down, by QR of each factor and an SVD of the small core: never (out, in)."""
+    left, upper = torch.linalg.qr(up.to(torch.float64))
+    right, lower = torch.linalg.qr(down.to(torch.float64).T)
+    u, s, vh = torch.linalg.svd(upper @ lower.T, full_matrices=False)
+    return left @ u, s, vh @ right.T
+
+
+def truncate(up: Tensor, down: Tensor, rank: int) -> Truncation:
+    """The best approximation of up @ down of rank `rank` (Eckart-Young), factors balanced by the square root of s."""
+    u, s, vh = svd_of_product(up, down)
+    root = s[:rank].sqrt()
+    return Truncation(u[:, :rank] * root, root[:, None] * vh[:rank], _share(s[rank:].square().sum(), s.square().sum()))
+
+
+def lowest_rank(up: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
+    """The same product with the fewest columns: singular values that are zero up to float64 rounding are dropped."""
+    u, s, vh = svd_of_product(up, down)
+    rank = int((s > _rounding(up.shape[0], down.shape[1]) * s.max()).sum()) if len(s) else 0
+    root = s[:rank].sqrt()
+    return u[:, :rank] * root, root[:, None] * vh[:rank]
+
+
+def factor(change: Tensor) -> tuple[Tensor, Tensor]:
+    """Lowest exact factors of a dense (out, in); where it has full rank, itself and an identity."""
+    change = change.to(torch.float64)
+    u, s, vh = torch.linalg.svd(change, full_matrices=False)
+    rank = int((s > _rounding(*change.shape) * s.max()).sum())
+    if rank == min(change.shape):
+        return identity_factors(change)
+    root = s[:rank].sqrt()
+    return u[:, :rank] * root, root[:, None] * vh[:rank]
+
+
+def identity_factors(change: Tensor) -> tuple[Tensor, Tensor]:
+    """A dense (out, in) as factors of rank min(out, in), one of them the identity: lossless and free."""
+    out, width = change.shape
+    eye = torch.eye(min(out, width), dtype=change.dtype, device=change.device)
+    return (eye, change) if out <= width else (change, eye)
+
+
+def truncate_aware(up: Tensor, down: Tensor, rank: int, *, metric: Tensor, mu: float = 0.0) -> Truncation:
+    """The rank-`rank` matrix nearest to D = up @ down in ||(D' - D) (S + mu I)^(1/2)||_F, with S = `metric` (in, in).
+
+    That is the rank-constrained optimum of a ridge objective whose optimum is D: P P^T D, P the leading left singular vectors of
+    D (S + mu I)^(1/2), here the eigenvectors of D (S + mu I) D^T, so that S may be singular and nothing is inverted.
+    """
+    up, down = up.to(torch.float64), down.to(torch.float64)
+    left, upper = torch.linalg.qr(up)
+    core = upper @ (down @ metric @ down.T + mu * (down @ down.T)) @ upper.T
+    values, vectors = torch.linalg.eigh((core + core.T) / 2)
+    keep = left @ vectors.flip(1)[:, :rank]
+    values = values.flip(0).clamp(min=0)
+    return Truncation(keep, keep.T @ up @ down, _share(values[rank:].sum(), values.sum()))
+
+
+def cholesky(matrix: Tensor, what: str = "the Gram matrix") -> Tensor:
+    """Lower Cholesky factor of a symmetric (n, n). Warns with the number when it has to add to the diagonal.
+
+    Raises NumericalError on NaN or infinity, and when it is not positive definite even with 1e-8 of its mean diagonal added.
+    """
+    if not bool(torch.isfinite(matrix).all()):
+        raise NumericalError(f"{what} holds NaN or infinity; collect the features in float32 and check the adapters for broken weights")
+    lower: Tensor
+    lower, info = torch.linalg.cholesky_ex(matrix)
+    if int(info) == 0:
+        return lower
+    scale = float(matrix.diagonal().mean().abs())
+    for jitter in JITTER:
+        lifted = matrix.clone()
+        lifted.diagonal().add_(jitter * scale)
+        lower, info = torch.linalg.cholesky_ex(lifted)
+        if int(info) == 0:
+            warnings.warn(
+                f"{what} is singular: added {jitter * scale:.3g}, {jitter:.0e} of its mean diagonal", RuntimeWarning, stacklevel=2
+            )
+            return lower
+    raise NumericalError(
+        f"{what}, {tuple(matrix.shape)}, is not positive definite (leading minor {int(info)}), even with {JITTER[-1]:.0e} of its mean "
+        "diagonal added; raise `ridge`"
+    )
+
+
+def ridge_solve(right: Tensor, square: Tensor, mu: float) -> Tensor:
+    """right (k, in) times (S + mu I)^-1, with S = `square` (in, in), by Cholesky."""
+    lifted = square.clone()
+    lifted.diagonal().add_(mu)
+    solution: Tensor = torch.cholesky_solve(right.T, cholesky(lifted))
+    return solution.T
+
+
+def dual_solve(targets: Tensor, rows: Tensor, kernel: Tensor, mu: float) -> Tensor:
+    """The V (k, in) that minimises ||X V^T - C||^2 + mu ||V||^2, for fewer rows than features.
+
+    C = `targets` (rows, k), X = `rows` (rows, in), `kernel` = X X^T. With mu = 0 it is the solution of least norm, (X^+ C)^T.
+    """
+    if mu > 0:
+        lifted = kernel.clone()
+        lifted.diagonal().add_(mu)
+        solution: Tensor = torch.cholesky_solve(targets, cholesky(lifted, "the kernel of the rows"))
+        return solution.T @ rows
+    if not bool(torch.isfinite(kernel).all()):
+        raise NumericalError("the kernel of the rows holds NaN or infinity; collect the features in float32")
+    values, vectors = torch.linalg.eigh(kernel)
+    inverse = torch.where(values > NULL * values.max().clamp(min=0), 1 / values, torch.zeros_like(values))
+    solution = vectors @ (inverse[:, None] * (vectors.T @ targets))
+    return solution.T @ rows
+
+
+def secular_root(norm: Callable[[float], float], target: float, *, start: float, rtol: float = 1e-9, steps: int = 200) -> float:
+    """The mu > 0 with mu * norm(mu) = target, for a norm of the form ||R (S + mu I)^-1||.
+
+    mu * norm(mu) increases from 0 to ||R||; 1 / norm(mu) is nearly linear in mu, so its secant gives the next guess, safeguarded by
+    a bracket. The caller must have checked that target < ||R||. Raises NumericalError if it does not settle.
+    """
+    low, high, mu = 0.0, math.inf, start
+    last: tuple[float, float] | None = None
+    for _ in range(steps):
+        size = norm(mu)
+        if not math.isfinite(size):
+            raise NumericalError(f"the delta has norm {size} at mu = {mu:.3g}; check the features and adapters for NaN")
+        if abs(mu * size - target) <= rtol * target or high - low <= 1e-15 * high < math.inf:
+            return mu
+        if mu * size < target:
+            low = mu
+        else:
+            high = mu
+        inverse = 1 / size if size > 0 else math.inf
+        slope = (inverse - last[1]) / (mu - last[0]) if last and mu != last[0] else 0.0
+        last = (mu, inverse)
+        share = 1 - target * slope
+        guess = target * (inverse - slope * mu) / share if share > 0 else math.inf
+        if not low < guess < high:
+            guess = 4 * mu if high == math.inf else math.sqrt(low * high) if low > 0 else high / 4
+        mu = guess
+    raise NumericalError(f"the secular equation did not settle in {steps} steps (mu = {mu:.3g}); choose `ridge` instead of `penalty`")
+
+
+def _rounding(out: int, width: int) -> float:
+    return max(out, width) * torch.finfo(torch.float64).eps
+
+
+def _share(part: Tensor, whole: Tensor) -> float:
+    return float((part / whole).sqrt()) if float(whole) > 0 else 0.0

@@ -1,0 +1,363 @@
+"""VERB. N adapters -> one adapter and its receipt. One loop over stages and layers: problem -> method -> factors -> receipt."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+import os
+import platform
+import time
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from loraclr import __version__
+from loraclr.adapter import Adapter, Layer, LoraLayer
+from loraclr.collect import Collection, Concept, collect
+from loraclr.errors import MergeError, UsageError
+from loraclr.formats import load_adapter, save_adapter
+from loraclr.formats.files import digest
+from loraclr.linalg import Truncation, factor, lowest_rank, truncate, truncate_aware
+from loraclr.methods import make_method
+from loraclr.methods.problem import LayerMethod, LayerProblem, LayerSolution, residuals
+from loraclr.pipeline import Pipeline
+from loraclr.statistics import LayerStats
+
+
+class MergeWarning(UserWarning):
+    """The merge works, but something about its inputs or its outcome deserves a look."""
+
+
+@dataclass(frozen=True)
+class LayerReceipt:
+    """What became of one layer."""
+
+    layer: str
+    stage: int
+    adapted_by: tuple[str, ...]
+    rank: int
+    lost: float  # relative error of cutting to that rank, in the metric it was cut in
+    rows: int  # collected rows of all concepts
+    width: int  # input features; fewer rows than this leave the layer under-determined
+    status: str
+    advice: str
+    residuals: Mapping[str, float]  # "fit/CONCEPT" and "held_out/CONCEPT": 0 is the adapter's own behaviour, 1 the base's
+    diagnostics: Mapping[str, float | str | bool]
+
+
+@dataclass(frozen=True, eq=False)
+class MergeResult:
+    """The merged adapter, and enough to run the merge again."""
+
+    adapter: Adapter
+    method: str
+    parameters: Mapping[str, Any]
+    inputs: tuple[Mapping[str, Any], ...]  # name, file, sha256, weight, call
+    layers: tuple[LayerReceipt, ...]
+    versions: Mapping[str, str]
+    seed: int
+    collection: Mapping[str, Any] | None
+    seconds: Mapping[str, float] = field(default_factory=dict)
+
+    def mean_residual(self, kind: str = "held_out", *, concept: str | None = None) -> float:
+        """The mean over layers and concepts (or of one concept) of the `fit` or `held_out` residual; NaN if none was measured."""
+        values = [
+            value
+            for layer in self.layers
+            for key, value in layer.residuals.items()
+            if key.startswith(f"{kind}/") and concept in (None, key.split("/", 1)[1])
+        ]
+        return sum(values) / len(values) if values else float("nan")
+
+    def receipt(self) -> dict[str, Any]:
+        """Everything, ready for JSON. Numbers that JSON has no word for are None (not measured) or the text `inf`."""
+        whole = {
+            "method": self.method,
+            "parameters": dict(self.parameters),
+            "seed": self.seed,
+            "inputs": [dict(entry) for entry in self.inputs],
+            "triggers": list(self.adapter.triggers),
+            "collection": self.collection,
+            "versions": dict(self.versions),
+            "residual": {kind: _rounded(self.mean_residual(kind)) for kind in ("fit", "held_out")},
+            "layers": [dataclasses.asdict(layer) for layer in self.layers],
+            "seconds": dict(self.seconds),
+        }
+        plain: dict[str, Any] = _plain(whole)
+        return plain
+
+    def header(self) -> dict[str, str]:
+        """The compact receipt for the file's own header: no timings and no paths, so that equal merges are equal bytes."""
+        compact = {
+            "method": self.method,
+            "parameters": dict(self.parameters),
+            "seed": self.seed,
+            "inputs": [{key: entry[key] for key in ("name", "sha256", "weight", "call")} for entry in self.inputs],
+            "residual": {kind: _rounded(self.mean_residual(kind)) for kind in ("fit", "held_out")},
+            "versions": dict(self.versions),
+        }
+        return {
+            "loraclr.receipt": json.dumps(_plain(compact), sort_keys=True, allow_nan=False),
+            "modelspec.merged_from": ", ".join(str(entry["name"]) for entry in self.inputs),
+            "modelspec.trigger_phrase": ", ".join(self.adapter.triggers),
+        }
+
+    def save(self, path: str | Path, *, format: str = "kohya", dtype: torch.dtype = torch.float16) -> Path:
+        """The adapter's file with the compact receipt in its header, and the whole receipt in PATH.json beside it."""
+        written = save_adapter(self.adapter, path, format=format, dtype=dtype, metadata=self.header())
+        receipt = written.with_name(f"{written.name}.json")
+        part = receipt.with_name(f".{receipt.name}.part")
+        part.write_text(json.dumps(self.receipt(), indent=1, sort_keys=True, allow_nan=False) + "\n")
+        os.replace(part, receipt)
+        return written
+
+
+def merge(
+    adapters: Sequence[Adapter | str | Path],
+    *,
+    base: Pipeline | None = None,
+    method: str | LayerMethod = "loraclr",
+    parameters: Mapping[str, Any] | None = None,
+    weights: Sequence[float] | None = None,
+    calls: Mapping[str, str] | None = None,
+    rank: int | None = None,
+    seed: int = 0,
+    collection: Collection | None = None,
+    measure: bool = False,
+    name: str = "merged",
+    progress: Callable[[str, float], None] | None = None,
+) -> MergeResult:
+    """Merge adapters (or their files) into one.
+
+    `weights` scale each adapter's change, 1 by default. `calls` gives, by adapter name, the words that call it in a prompt;
+    otherwise its learned tokens or its first trigger. `rank` is the most that the result may have per layer; without it a low-rank
+    solution keeps its exact rank and a dense one gets the sum of the input ranks. `measure` collects statistics also for methods
+    that need none, to report residuals. `progress` is told a phase and its share done, 0..1. Raises MergeError, UsageError.
+    """
+    started = time.perf_counter()
+    solver = make_method(method, **(parameters or {})) if isinstance(method, str) else method
+    if not isinstance(method, str) and parameters:
+        raise UsageError("parameters go with a method's name; a method that is already made has its own")
+    sources = [(adapter, None) if isinstance(adapter, Adapter) else (load_adapter(adapter), Path(adapter)) for adapter in adapters]
+    concepts = _concepts(
+        [adapter for adapter, _ in sources], weights, calls or {}, needed=bool({"statistics", "sample"} & solver.needs) or measure
+    )
+    shapes = _shapes(concepts)
+    if rank is not None and rank < 1:
+        raise UsageError(f"rank {rank}: give at least 1")
+    collecting = measure or bool({"statistics", "sample", "preserve"} & solver.needs)
+    if base is None and (collecting or "base" in solver.needs):
+        raise MergeError(f"{solver.name} needs the base model's features; pass the pipeline these adapters were trained on")
+    settings = dataclasses.replace(collection or Collection(), seed=seed)
+    stages = [list(shapes)] if base is None else base.stages(list(shapes))
+    if base is not None:
+        _check_fit(shapes, base)
+    seconds = {"load": time.perf_counter() - started, "collect": 0.0, "solve": 0.0}
+    merged: dict[str, Layer] = {}
+    receipts: list[LayerReceipt] = []
+    for stage, names in enumerate(stages):
+        statistics: dict[str, LayerStats] = {}
+        if collecting and base is not None:
+            began, done = time.perf_counter(), 0
+
+            def tell(what: str, stage: int = stage) -> None:
+                nonlocal done
+                done += 1
+                if progress:
+                    progress(f"collecting stage {stage + 1} of {len(stages)}: {what}", done / (len(concepts) + 1))
+
+            statistics = collect(base, concepts, names, settings=settings, merged=merged, progress=tell)
+            seconds["collect"] += time.perf_counter() - began
+        began = time.perf_counter()
+        for index, layer in enumerate(names):
+            problem = LayerProblem(
+                layer,
+                shapes[layer],
+                tuple(concept.name for concept in concepts),
+                tuple(concept.adapter.layers.get(layer) for concept in concepts),
+                tuple(concept.weight for concept in concepts),
+                base.base_weight(layer).flatten(1) if base is not None else None,
+                statistics.get(layer),
+                torch.Generator().manual_seed(_seed_of(layer, seed)),
+            )
+            merged[layer], receipt = _solve(problem, solver, rank, stage)
+            receipts.append(receipt)
+            if progress:
+                progress(f"solving stage {stage + 1} of {len(stages)}", (index + 1) / len(names))
+        seconds["solve"] += time.perf_counter() - began
+    return MergeResult(
+        Adapter(
+            merged,
+            name=name,
+            tokens={token: rows for concept in concepts for token, rows in concept.adapter.tokens.items()},
+            triggers=tuple(dict.fromkeys(concept.call for concept in concepts if concept.call)),
+            family=next((concept.adapter.family for concept in concepts if concept.adapter.family), None),
+        ),
+        solver.name,
+        {**_fields(solver), **({"rank": rank} if rank else {})},
+        tuple(
+            {
+                "name": concept.name,
+                "file": None if path is None else path.name,
+                "sha256": None if path is None else digest(path),
+                "weight": concept.weight,
+                "call": concept.call,
+            }
+            for concept, (_, path) in zip(concepts, sources, strict=True)
+        ),
+        tuple(receipts),
+        {"loraclr": __version__, "torch": str(torch.__version__), "python": platform.python_version()},
+        seed,
+        dataclasses.asdict(settings) if collecting else None,
+        {key: round(value, 3) for key, value in seconds.items()},
+    )
+
+
+def _concepts(adapters: Sequence[Adapter], weights: Sequence[float] | None, calls: Mapping[str, str], *, needed: bool) -> list[Concept]:
+    """Adapters with their weights and calls; all that is wrong with them in one message."""
+    problems = []
+    if not adapters:
+        raise UsageError("nothing to merge; give at least one adapter")
+    if weights is not None and len(weights) != len(adapters):
+        raise UsageError(f"{len(adapters)} adapters and {len(weights)} weights; give one weight per adapter")
+    names = [adapter.name for adapter in adapters]
+    for repeated in sorted({one for one in names if names.count(one) > 1}):
+        problems.append(f"two adapters are called {repeated!r}; rename one file")
+    for unknown in sorted(set(calls) - set(names)):
+        problems.append(f"a trigger was given for {unknown!r}, but the adapters are {', '.join(names)}")
+    families = sorted({adapter.family for adapter in adapters if adapter.family})
+    if len(families) > 1:
+        problems.append(f"the adapters belong to different model families ({', '.join(families)}); merge those of one family")
+    tokens: dict[str, Adapter] = {}
+    for adapter in adapters:
+        for token, rows in adapter.tokens.items():
+            if token in tokens and not torch.equal(tokens[token].tokens[token], rows):
+                problems.append(
+                    f"{tokens[token].name} and {adapter.name} both bring a learned token {token!r}; train or rename one of them"
+                )
+            tokens[token] = adapter
+    concepts = []
+    for index, adapter in enumerate(adapters):
+        call = calls.get(adapter.name) or " ".join(adapter.tokens) or (adapter.triggers[0] if adapter.triggers else "")
+        if needed and not call:
+            problems.append(f"{adapter.name} says no trigger words; give them with --trigger {adapter.name}=WORDS")
+        concepts.append(Concept(adapter, call, 1.0 if weights is None else weights[index]))
+    if problems:
+        raise MergeError("; ".join(problems))
+    for call in sorted({concept.call for concept in concepts if concept.call}):
+        same = [concept.name for concept in concepts if concept.call == call]
+        if len(same) > 1:
+            warnings.warn(
+                f"{', '.join(same)} are called by the same words {call!r}: no merge can tell them apart; give each its own trigger",
+                MergeWarning,
+                stacklevel=3,
+            )
+    return concepts
+
+
+def _shapes(concepts: Sequence[Concept]) -> dict[str, tuple[int, ...]]:
+    """The union of adapted layers by name, sorted, with the weight's shape."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    owner: dict[str, str] = {}
+    for concept in concepts:
+        for layer in concept.adapter:
+            known = shapes.setdefault(layer.name, layer.shape)
+            owner.setdefault(layer.name, concept.name)
+            if _flat(known) != _flat(layer.shape):
+                raise MergeError(
+                    f"{layer.name} is {known} in {owner[layer.name]} and {layer.shape} in {concept.name}; they are of different models"
+                )
+            if len(layer.shape) > len(known):
+                shapes[layer.name] = layer.shape
+    if not shapes:
+        raise MergeError("none of the adapters changes any layer; there is nothing to merge")
+    return dict(sorted(shapes.items()))
+
+
+def _check_fit(shapes: Mapping[str, tuple[int, ...]], base: Pipeline) -> None:
+    weights = {name: tuple(base.base_weight(name).shape) for name in shapes}
+    wrong = [f"{name} is {shape}, the base's {weights[name]}" for name, shape in shapes.items() if _flat(shape) != _flat(weights[name])]
+    if wrong:
+        raise MergeError(
+            f"{len(wrong)} layers do not fit the base model: {'; '.join(wrong[:3])}; give the base these adapters were made for"
+        )
+
+
+def _flat(shape: tuple[int, ...]) -> tuple[int, int]:
+    return shape[0], int(torch.Size(shape[1:]).numel())
+
+
+def _solve(problem: LayerProblem, solver: LayerMethod, rank: int | None, stage: int) -> tuple[Layer, LayerReceipt]:
+    solution = solver.solve(problem)
+    delta = solution.delta()
+    if not bool(torch.isfinite(delta).all()):
+        raise MergeError(f"{problem.layer}: {solver.name} gave NaN or infinity; raise its regularisation or check this layer of the inputs")
+    up, down, lost = _factors(problem, solution, rank)
+    layer: Layer = LoraLayer(
+        problem.layer,
+        down.view(-1, *problem.shape[1:]),
+        up.view(*up.shape, *([1, 1] if len(problem.shape) == 4 else [])),
+    )
+    moments = list(problem.statistics.fit.values()) if problem.statistics else []
+    return layer, LayerReceipt(
+        problem.layer,
+        stage,
+        tuple(concept for concept, own in zip(problem.concepts, problem.layers, strict=True) if own is not None),
+        up.shape[1],
+        _rounded(lost),
+        sum(m.count for m in moments),
+        problem.width,
+        solution.status,
+        solution.advice,
+        {key: _rounded(value) for key, value in residuals(problem, up @ down).items()},
+        {key: _rounded(value) if isinstance(value, float) else value for key, value in solution.diagnostics.items()},
+    )
+
+
+def _factors(problem: LayerProblem, solution: LayerSolution, rank: int | None) -> Truncation:
+    """The solution as float64 up (out, rank) and down (rank, in): exact where it can be, else cut where it hurts least."""
+    if solution.change is None:
+        assert solution.up is not None and solution.down is not None
+        up, down = lowest_rank(solution.up, solution.down)
+        limit = rank or up.shape[1]
+    else:
+        up, down = factor(solution.change)
+        limit = rank or min(up.shape[1], sum(layer.rank for layer in problem.layers if layer is not None))
+    if up.shape[1] == 0:
+        nothing = torch.zeros(problem.out, 1, dtype=torch.float64), torch.zeros(1, problem.width, dtype=torch.float64)
+        return Truncation(*nothing, 0.0)
+    if limit >= up.shape[1]:
+        return Truncation(up, down, 0.0)
+    if problem.statistics is None:
+        return truncate(up, down, limit)
+    per_row = [m.scaled(1 / m.count) for m in problem.statistics.fit.values() if m.count]
+    metric = sum((m.gram() for m in per_row[1:]), per_row[0].gram())
+    return truncate_aware(up, down, limit, metric=metric, mu=1e-3 * float(metric.diagonal().mean()))
+
+
+def _fields(solver: LayerMethod) -> dict[str, Any]:
+    return {f.name: getattr(solver, f.name) for f in dataclasses.fields(solver)}  # type: ignore[arg-type]
+
+
+def _seed_of(layer: str, seed: int) -> int:
+    return int.from_bytes(hashlib.sha256(f"{seed}/{layer}".encode()).digest()[:7], "big")
+
+
+def _rounded(value: float) -> float:
+    return float(f"{value:.6g}")
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _plain(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(part) for part in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None if math.isnan(value) else str(value)
+    return value

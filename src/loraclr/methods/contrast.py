@@ -1,0 +1,120 @@
+"""The negative part of the LoRACLR objective: the hinge on paired rows, and descent where it is active.
+
+Distances are ||Y_i - Yhat_j|| over all rows, i the concept of the target, j that of the prediction (arXiv 2412.09622, eq. 3; the
+released code takes the minimum over the other index). A delta is Q V with orthonormal Q (out, k), as in `quadratic.py`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from loraclr import linalg
+from loraclr.methods.problem import LayerProblem
+from loraclr.methods.quadratic import Quadratic
+
+
+@dataclass(frozen=True, eq=False)
+class Contrast:
+    """(1/N) sum_a max_b (m_ab - d_ab)_+^2 over anchors a and their negatives b, on the paired rows."""
+
+    rows: Tensor  # (concepts, rows, in)
+    base: Tensor  # (concepts, rows, out): X_i W^T, zeros in delta space
+    targets: Tensor  # (concepts, rows, out)
+    margins: Tensor  # (concepts, concepts): of target i and prediction j
+    unit: float  # multiplies Frobenius norms
+    anchor: str
+
+    @staticmethod
+    def of(problem: LayerProblem, *, margin: float, mode: str, anchor: str, space: str, distance: str, most: int | None = None) -> Contrast:
+        """Outputs are X (W + D)^T in space "output" and X D^T in space "delta"; "relative" margins are m ||Y_i - Y_j||.
+
+        `most` takes only so many of the paired rows, spread evenly.
+        """
+        rows = problem.sample()
+        if most is not None and most < rows.shape[1]:
+            rows = rows[:, torch.linspace(0, rows.shape[1] - 1, most).long()]
+        changes = torch.stack([(x @ down.T) @ up.T for x, (up, down) in zip(rows, problem.factors, strict=True)])
+        base = rows @ problem.weight().T if space == "output" else torch.zeros_like(changes)
+        targets = base + changes
+        unit = rows.shape[1] ** -0.5 if distance == "rms" else 1.0
+        margins = margin * unit * _distances(targets, targets) if mode == "relative" else rows.new_full((len(rows),) * 2, margin)
+        return Contrast(rows, base, targets, margins, unit, anchor)
+
+    def distances(self, up: Tensor, v: Tensor) -> Tensor:
+        """(concepts, concepts): target i against prediction j; the diagonal is infinite, a concept being no negative of itself."""
+        return self._table(self.base + (self.rows @ v.T) @ up.T)
+
+    def value_and_gradient(self, up: Tensor, v: Tensor) -> tuple[float, Tensor, Tensor]:
+        """The hinge, its gradient (k, in), and the table of `distances`. Of tied negatives the first counts."""
+        predictions = self.base + (self.rows @ v.T) @ up.T
+        found = self._table(predictions)
+        value, gradient = 0.0, torch.zeros_like(v)
+        for i, j, short in self.active(found):
+            value += short**2
+            if found[i, j] > 0:  # at distance 0 every direction leads away: the zero sub-gradient
+                push = ((predictions[j] - self.targets[i]) @ up).T @ self.rows[j]
+                gradient -= 2 * short * self.unit**2 / float(found[i, j]) * push
+        return value / len(self.rows), gradient / len(self.rows), found
+
+    def active(self, found: Tensor) -> list[tuple[int, int, float]]:
+        """Target, prediction and shortfall of every anchor whose nearest negative is inside the margin."""
+        short, other = (self.margins - found).max(1 if self.anchor == "target" else 0)
+        anchors = torch.nonzero(short > 0).flatten().tolist()
+        pairs = [(a, int(other[a])) if self.anchor == "target" else (int(other[a]), a) for a in anchors]
+        return [(i, j, float(self.margins[i, j] - found[i, j])) for i, j in pairs]
+
+    def _table(self, predictions: Tensor) -> Tensor:
+        return (self.unit * _distances(self.targets, predictions)).fill_diagonal_(torch.inf)
+
+
+def _distances(a: Tensor, b: Tensor) -> Tensor:
+    """(n, m) Frobenius distances of a (n, rows, out) and b (m, rows, out), without the cancelling inner-product form."""
+    return torch.cdist(a.flatten(1), b.flatten(1), compute_mode="donot_use_mm_for_euclid_dist")
+
+
+def refine(quadratic: Quadratic, contrast: Contrast, start: Tensor, *, penalty: float, iterations: int) -> tuple[Tensor, float]:
+    """L-BFGS on J = q/N + penalty ||D|| + hinge from V = `start` (k, in), so within the span of the adapters' columns.
+
+    With L L^T = S + w G_0 + mu I it moves Z in V = Z L^-1: there the quadratic part is a sphere (but for a little of the identity that
+    keeps L invertible). Returns V, never worse than `start`, and the gradient that is left as a share of its two opposing parts.
+    """
+    number, up = len(contrast.rows), quadratic.up
+    metric = quadratic.metric()
+    metric.diagonal().add_(1e-6 * metric.diagonal().mean())
+    lower = linalg.cholesky(metric)
+
+    def coefficients(z: Tensor) -> Tensor:
+        v: Tensor = torch.linalg.solve_triangular(lower, z, upper=False, left=False)
+        return v
+
+    def parts(z: Tensor) -> tuple[float, Tensor, Tensor]:
+        v = coefficients(z)
+        value, pull = quadratic.value_and_gradient(v)
+        hinge, push, _ = contrast.value_and_gradient(up, v)
+        size = float(v.norm())
+        pull = pull / number + (penalty / size * v if size > 0 else 0)
+        pull, push = (torch.linalg.solve_triangular(lower.T, part, upper=True, left=False) for part in (pull, push))
+        return value / number + penalty * size + hinge, pull, push
+
+    z = (start @ lower).requires_grad_()
+
+    def closure() -> float:
+        with torch.no_grad():
+            value, pull, push = parts(z)
+            z.grad = (pull + push).contiguous()
+        return value
+
+    optimiser = torch.optim.LBFGS(
+        [z], max_iter=iterations, history_size=20, tolerance_grad=1e-12, tolerance_change=1e-14, line_search_fn="strong_wolfe"
+    )
+    with torch.no_grad():
+        first = parts(start @ lower)[0]
+    optimiser.step(closure)  # type: ignore[no-untyped-call]
+    with torch.no_grad():
+        better = parts(z)[0] <= first
+        _, pull, push = parts(z if better else start @ lower)
+        left = float((pull + push).norm() / (pull.norm() + push.norm()).clamp(min=1e-300))
+        return coefficients(z.detach()) if better else start, left

@@ -1,0 +1,152 @@
+"""LoRACLR, solved: the optimum of the contrastive merge objective in closed form, with a certificate."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Annotated, ClassVar, Literal
+
+from torch import Tensor
+
+from loraclr.methods.contrast import Contrast, refine
+from loraclr.methods.options import Checked, Option
+from loraclr.methods.problem import LayerProblem, LayerSolution
+from loraclr.methods.quadratic import Quadratic
+
+FEW = 16  # paired rows that the certificate is tried on first
+LADDER = (1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1000.0)  # what `choose` tries, times `ridge`
+OVERGROWN = 3.0  # times the largest input: a delta this large fits noise
+
+
+@dataclass(frozen=True)
+class Loraclr(Checked):
+    """Minimises J(D) = (1/N) [sum_i a_i ||X_i (D - D_i)^T||^2 + w ||X_0 D^T||^2 + mu ||D - P||^2 + sum_i hinge_i^2] + lambda ||D||.
+
+    hinge_i is max(0, margin - distance of anchor i to its nearest negative), all norms are Frobenius. Without an active hinge the
+    minimiser is D = (sum_i a_i D_i G_i + mu P)(S + w G_0 + mu I)^-1, an ordinary LoRA of rank sum_i r_i at most; as the hinge is
+    never negative, one look at the negative distances certifies it as the global optimum of J. Where the hinge is active, L-BFGS
+    descends from there. An adapter without this layer has the target "no change" on its own features.
+    """
+
+    ridge: Annotated[float, Option("mu, in mean diagonals of S: pulls towards the prior, against fitting noise", 0)] = 1e-3
+    choose: Annotated[
+        Literal["fixed", "held_out"], Option("take `ridge` as it is, or the best of 1, 3, 10, ... 1000 times it on held-out prompts")
+    ] = "fixed"
+    preservation: Annotated[float, Option("w: how much concept-free prompts must stay as they are; 0 needs no such statistics", 0)] = 0.1
+    prior: Annotated[Literal["zero", "mean"], Option("P: what `ridge` pulls towards, no change or the mean of the deltas")] = "zero"
+    normalise: Annotated[bool, Option("count every concept by the mean over its rows; false: by the sum, as the paper does")] = True
+    importance: Annotated[tuple[float, ...], Option("one factor per concept on its share of the objective; empty: all 1", 0)] = ()
+    penalty: Annotated[float, Option("lambda of the paper's eq. (4), on the norm of the delta, not squared", 0)] = 0.0
+    margin: Annotated[float, Option("m of eq. (1); 0 switches the hinge off", 0)] = 0.5
+    margin_mode: Annotated[
+        Literal["absolute", "relative"], Option("m as it is, or per pair times the distance of the two concepts' targets")
+    ] = "absolute"
+    distance: Annotated[
+        Literal["frobenius", "rms"], Option("negative distances over all rows (the paper), or per row: divided by sqrt(rows)")
+    ] = "frobenius"
+    anchor: Annotated[
+        Literal["target", "prediction"], Option("whose nearest negative counts: the target's (paper) or the prediction's (released code)")
+    ] = "target"
+    space: Annotated[Literal["output", "delta"], Option("compare outputs X (W + D)^T, or only what the adapters add, X D^T")] = "output"
+    iterations: Annotated[int, Option("most L-BFGS steps in a layer with an active hinge", 1)] = 100
+
+    name: ClassVar[str] = "loraclr"
+    summary: ClassVar[str] = "the LoRACLR objective at its optimum, in closed form, with a certificate"
+    reference: ClassVar[str] = "Simsar et al. 2025, arXiv 2412.09622"
+    presets: ClassVar[Mapping[str, Mapping[str, object]]] = MappingProxyType(
+        {
+            "exact": MappingProxyType({"ridge": 0.0, "choose": "fixed", "preservation": 0.0, "normalise": False, "penalty": 1e-3}),
+            "contrastive": MappingProxyType({"margin": 0.5, "margin_mode": "relative", "distance": "rms"}),
+        }
+    )
+
+    @property
+    def needs(self) -> frozenset[str]:
+        hinge = {"sample", "base"} if self.space == "output" else {"sample"}
+        return frozenset({"statistics"} | ({"preserve"} if self.preservation > 0 else set()) | (hinge if self.margin > 0 else set()))
+
+    def solve(self, problem: LayerProblem) -> LayerSolution:
+        number = len(problem.concepts)
+        quadratic = Quadratic.of(
+            problem,
+            ridge=self.ridge,
+            preservation=self.preservation,
+            prior=self.prior,
+            normalise=self.normalise,
+            importance=self.importance,
+        )
+        if self.choose == "held_out":
+            quadratic = _best(quadratic, Quadratic.held_out(problem))
+        v, extra = quadratic.penalised(number * self.penalty / 2) if self.penalty > 0 else (quadratic.minimiser(), 0.0)
+        value, hinge = quadratic.least(v, extra) / number, 0.0
+        notes: dict[str, float | str | bool] = {
+            "rows": sum(moments.count for moments in problem.moments()),
+            "in_features": problem.width,
+            "mu": quadratic.mu + extra,
+        }
+        status, advice, certificate = "optimal", "", "global optimum of J on all collected rows: convex, no hinge"
+        if self.margin > 0 and number > 1:
+            certificate, found, contrast = self._certify(problem, quadratic.up, v)
+            if not certificate:
+                v, left = refine(quadratic, contrast, v, penalty=self.penalty, iterations=self.iterations)
+                status = "refined"
+                certificate = f"none: the hinge is active; L-BFGS in the adapters' span stopped with {left:.1e} of the gradient left"
+                value = quadratic.value_and_gradient(v)[0] / number
+                hinge, _, found = contrast.value_and_gradient(quadratic.up, v)
+            notes |= {"hinge": hinge, "hinge_active": len(contrast.active(found)), "closest_negative": float(found.min())}
+        size, largest = float(v.norm()), max(_norm(up, down) for up, down in problem.factors)
+        notes |= {"objective": value + hinge + self.penalty * size, "growth": size / largest if largest > 0 else 0.0}
+        notes["certificate"] = f"{certificate}; J({self._objective(quadratic)})"
+        if size > OVERGROWN * largest:
+            advice = f"the delta is {size / largest:.1f} times the largest adapter's: it fits noise; raise `ridge` or `preservation`"
+        if self.penalty > 0:
+            pull = 2 / number * float(quadratic.right.norm()) / self.penalty
+            notes["data_gradient_over_lambda"] = pull
+            if not v.any():
+                status, advice = "zero", f"the penalty outweighs the data, whose gradient is {pull:.2g} of lambda; lower `penalty`"
+        return LayerSolution.of_factors(quadratic.up, v, status=status, advice=advice, **notes)
+
+    def _certify(self, problem: LayerProblem, up: Tensor, v: Tensor) -> tuple[str, Tensor, Contrast]:
+        """The certificate of the convex minimiser Q V, empty where the hinge is active; the distances it rests on, and their contrast.
+
+        Some of the rows bound a distance over all of them from below, which is enough for an absolute margin: a few are tried first.
+        A mean over rows is bounded by dividing by the full count, and a margin measured on some rows says nothing of the others.
+        """
+        collected = max(moments.count for moments in problem.moments())
+        for most in (FEW, None) if self.margin_mode == "absolute" else (None,):
+            contrast = Contrast.of(
+                problem,
+                margin=self.margin,
+                mode=self.margin_mode,
+                anchor=self.anchor,
+                space=self.space,
+                distance=self.distance,
+                most=most,
+            )
+            found, rows = contrast.distances(up, v), contrast.rows.shape[1]
+            bound = found * ((rows / collected) ** 0.5 if self.distance == "rms" else 1.0)
+            if (rows >= collected or self.margin_mode == "absolute") and bool((bound >= contrast.margins).all()):
+                closest = f"closest negative {'=' if rows >= collected else '>='} {float(bound.min()):.4g}"
+                return f"global optimum of J on all collected rows: {closest}", bound, contrast
+        if contrast.active(found):
+            return "", found, contrast
+        return f"global optimum of J on all collected rows, with the hinge on {rows} paired ones", found, contrast
+
+    def _objective(self, quadratic: Quadratic) -> str:
+        hinge = f"margin={self.margin:g} {self.margin_mode}, distance={self.distance}, anchor={self.anchor}, space={self.space}"
+        return (
+            f"lambda={self.penalty:g}, mu={quadratic.mu:.3g}, prior={self.prior}, preservation={self.preservation:g}, "
+            f"normalise={self.normalise}, {hinge if self.margin > 0 else 'margin=0'}"
+        )
+
+
+def _best(quadratic: Quadratic, judge: Quadratic) -> Quadratic:
+    """`quadratic` with the ridge whose minimiser `judge` likes best; the first of equals."""
+    tried = [quadratic.with_mu(quadratic.mu * factor) for factor in LADDER]
+    return min(tried, key=lambda one: judge.value_and_gradient(one.minimiser())[0])
+
+
+def _norm(up: Tensor, down: Tensor) -> float:
+    """||up @ down||_F without the product."""
+    return float(((up.T @ up) * (down @ down.T)).sum().clamp(min=0).sqrt())

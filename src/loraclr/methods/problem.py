@@ -1,0 +1,167 @@
+"""What every merge method is given and what it gives back. One layer at a time, tensors in, tensors out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import ClassVar, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from loraclr import linalg
+from loraclr.adapter import DenseLayer, Layer
+from loraclr.errors import MergeError
+from loraclr.statistics import LayerStats, Moments
+
+
+@dataclass(frozen=True, eq=False)
+class LayerProblem:
+    """One layer of N concepts. `layers[i]` is None where concept i does not adapt this layer: its target there is no change."""
+
+    layer: str
+    shape: tuple[int, ...]  # of the module's weight: (out, in) or (out, channels, kh, kw)
+    concepts: tuple[str, ...]
+    layers: tuple[Layer | None, ...]
+    weights: tuple[float, ...]  # one per concept
+    base: Tensor | None = None  # (out, in), the frozen weight W, flattened
+    statistics: LayerStats | None = None
+    generator: torch.Generator | None = None
+
+    @property
+    def out(self) -> int:
+        return self.shape[0]
+
+    @property
+    def width(self) -> int:
+        """Flattened input features."""
+        return int(torch.Size(self.shape[1:]).numel())
+
+    def delta(self, index: int, dtype: torch.dtype = torch.float64) -> Tensor:
+        """weight_i * D_i, (out, in); zeros where the concept does not adapt this layer."""
+        layer = self.layers[index]
+        if layer is None:
+            return torch.zeros(self.out, self.width, dtype=dtype)
+        return layer.delta(dtype).flatten(1) * self.weights[index]
+
+    def deltas(self, dtype: torch.dtype = torch.float64) -> list[Tensor]:
+        return [self.delta(index, dtype) for index in range(len(self.concepts))]
+
+    @cached_property
+    def factors(self) -> tuple[tuple[Tensor, Tensor], ...]:
+        """weight_i * D_i as up (out, rank_i) and down (rank_i, in), float64; weight and scale in down; rank 0 where there is no layer."""
+        return tuple(map(self._factors, self.layers, self.weights))
+
+    def _factors(self, layer: Layer | None, weight: float) -> tuple[Tensor, Tensor]:
+        if layer is None:
+            return torch.zeros(self.out, 0, dtype=torch.float64), torch.zeros(0, self.width, dtype=torch.float64)
+        if isinstance(layer, DenseLayer):
+            up, down = linalg.factor(layer.delta(torch.float64).flatten(1))
+            return up, down * weight
+        return layer.up.flatten(1).double(), layer.down.flatten(1).double() * (layer.scale * weight)
+
+    def moments(self) -> list[Moments]:
+        """What each concept's layer saw, in the order of `concepts`. Raises MergeError where nothing was collected."""
+        fit = {} if self.statistics is None else self.statistics.fit
+        missing = [concept for concept in self.concepts if concept not in fit or fit[concept].count == 0]
+        if missing:
+            raise MergeError(f"{self.layer}: no feature rows of {', '.join(missing)}; collect statistics for every adapter of the merge")
+        if wrong := {fit[concept].width for concept in self.concepts} - {self.width}:
+            raise MergeError(f"{self.layer}: features of width {wrong.pop()} for {self.width} inputs; collect them again on this base")
+        return [fit[concept] for concept in self.concepts]
+
+    def sample(self) -> Tensor:
+        """The paired rows (concepts, rows, in), float64. Raises MergeError where they are missing or not paired."""
+        sample = {} if self.statistics is None else self.statistics.sample
+        missing = [concept for concept in self.concepts if concept not in sample or len(sample[concept]) == 0]
+        if missing:
+            raise MergeError(f"{self.layer}: no paired rows of {', '.join(missing)}; collect a paired sample, or set margin=0")
+        counts = [len(sample[concept]) for concept in self.concepts]
+        if len(set(counts)) > 1:
+            raise MergeError(
+                f"{self.layer}: the paired rows are not paired: {counts}; collect all concepts with the same prompts and seeds"
+            )
+        return torch.stack([sample[concept].double() for concept in self.concepts])
+
+    def weight(self) -> Tensor:
+        """The base weight W (out, in), float64. Raises MergeError without one."""
+        if self.base is None:
+            raise MergeError(f"{self.layer}: outputs need the base weight; give the merge a base model, or set space='delta'")
+        return self.base.flatten(1).double()
+
+
+@dataclass(frozen=True, eq=False)
+class LayerSolution:
+    """Either `up` (out, rank) and `down` (rank, in), exact, or a dense `change` (out, in). Flattened; float64 or float32.
+
+    `status` is one word ("optimal", "refined", "regularised", ...), `advice` a sentence when something deserves attention,
+    `diagnostics` plain numbers for the receipt.
+    """
+
+    up: Tensor | None = None
+    down: Tensor | None = None
+    change: Tensor | None = None
+    status: str = "ok"
+    advice: str = ""
+    diagnostics: Mapping[str, float | str | bool] = field(default_factory=dict)
+
+    def delta(self) -> Tensor:
+        """(out, in)."""
+        if self.change is not None:
+            return self.change
+        assert self.up is not None
+        assert self.down is not None
+        return self.up @ self.down
+
+    @staticmethod
+    def of_factors(up: Tensor, down: Tensor, *, status: str = "ok", advice: str = "", **diagnostics: float | str | bool) -> LayerSolution:
+        """Of up (out, k) and down (k, in): as they are, or multiplied out (beside an identity) where k is more than any rank needs."""
+        if up.shape[1] > min(up.shape[0], down.shape[1]):
+            up, down = linalg.identity_factors(up @ down)
+        return LayerSolution(up, down, None, status, advice, diagnostics)
+
+
+@runtime_checkable
+class LayerMethod(Protocol):
+    """A frozen dataclass whose fields are its hyper-parameters."""
+
+    name: ClassVar[str]
+    summary: ClassVar[str]
+    reference: ClassVar[str]
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """Of "base", "statistics", "sample", "preserve", "generator": what these hyper-parameters ask of the problem."""
+
+    def solve(self, problem: LayerProblem) -> LayerSolution: ...
+
+
+def residuals(problem: LayerProblem, delta: Tensor) -> dict[str, float]:
+    """||X_i (D - D_i)^T|| / ||X_i D_i^T|| of each concept, for any D (out, in): keys `fit/CONCEPT` and `held_out/CONCEPT`.
+
+    0 is the adapter's own behaviour, 1 the base's. Concepts that do not change this layer's outputs have none.
+    """
+    if problem.statistics is None:
+        return {}
+    found = {}
+    for index, concept in enumerate(problem.concepts):
+        target = problem.delta(index)
+        for kind, moments in (("fit", problem.statistics.fit), ("held_out", problem.statistics.held_out)):
+            if concept in moments and (energy := moments[concept].energy(target)) > 0:
+                found[f"{kind}/{concept}"] = (max(moments[concept].energy(delta.double() - target), 0.0) / energy) ** 0.5
+    return found
+
+
+def cross_talk(problem: LayerProblem, delta: Tensor) -> Tensor:
+    """(concepts, concepts): row i are the joint least-squares coefficients of X_i D^T on all X_i D_k^T.
+
+    The diagonal is each concept's strength, the rest is what it brings of the others; projecting pair by pair would invent cross-talk.
+    """
+    targets = torch.stack(problem.deltas())
+    rows = []
+    for moments in problem.moments():
+        seen = targets @ moments.gram()
+        inner = torch.einsum("koi,loi->kl", seen, targets)
+        rows.append(torch.linalg.pinv(inner, hermitian=True) @ torch.einsum("koi,oi->k", seen, delta.double()))
+    return torch.stack(rows)

@@ -1,0 +1,167 @@
+"""The convex part of the LoRACLR objective for one layer, and its minimiser in closed form.
+
+    q(D) = sum_i a_i ||X_i (D - D_i)^T||^2 + w ||X_0 D^T||^2 + mu ||D - P||^2
+
+All D_i = B_i A_i lie in the span of [B_1 ... B_N], so the minimiser does too: with an orthonormal basis Q of that span it is sought as
+V in D = Q V, and norms and inner products of D are those of V. Only X^T X enters, or, where all concepts together have fewer rows
+than the layer has inputs, X X^T (docs/method.md).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from loraclr import linalg
+from loraclr.errors import MergeError
+from loraclr.methods.problem import LayerProblem
+from loraclr.statistics import Moments
+
+
+@dataclass(frozen=True, eq=False)
+class Quadratic:
+    up: Tensor  # Q (out, k), orthonormal columns
+    right: Tensor  # R + mu P = sum_i a_i D_i G_i + mu P, as (k, in)
+    prior: Tensor | None  # P as (k, in); None is 0
+    mu: float
+    constant: float  # q(0)
+    square: Tensor  # S + w G_0 (in, in); in the dual form X X^T (rows, rows)
+    rows: Tensor | None  # the dual form's X (rows, in), the rows of concept i scaled by sqrt(a_i)
+    targets: Tensor | None  # their outputs X_i D_i^T, as (rows, k)
+
+    @staticmethod
+    def of(
+        problem: LayerProblem,
+        *,
+        ridge: float = 0.0,
+        preservation: float = 0.0,
+        prior: str = "zero",
+        normalise: bool = False,
+        importance: tuple[float, ...] = (),
+    ) -> Quadratic:
+        """a_i is importance_i, over the row count when `normalise`; mu is `ridge` times the mean diagonal of S = sum_i a_i G_i."""
+        number, width = len(problem.concepts), problem.width
+        if importance and len(importance) != number:
+            raise MergeError(f"importance has {len(importance)} numbers for {number} concepts; give one for each")
+        fit = problem.moments()
+        shares = [(importance[i] if importance else 1.0) / (fit[i].count if normalise else 1) for i in range(number)]
+        seen = [moments.scaled(share) for moments, share in zip(fit, shares, strict=True)]
+        mu = ridge * sum(map(_trace, seen)) / width
+        if preservation > 0:
+            seen.append(_preserve(problem, preservation, normalise))
+        ups, downs = zip(*problem.factors, strict=True)
+        blocks = [_times_gram(down, moments) for down, moments in zip(downs, seen, strict=False)]
+        constant = sum(float(((up.T @ up) * (block @ down.T)).sum()) for up, down, block in zip(ups, downs, blocks, strict=True))
+        stack = torch.cat(ups, 1)
+        if stack.shape[1] > stack.shape[0]:
+            basis, inside = torch.eye(stack.shape[0], dtype=torch.float64), stack
+        else:
+            basis, inside = torch.linalg.qr(stack)
+        centre = inside @ torch.cat(downs) / number if prior == "mean" else None
+        pull: Tensor | float = 0.0
+        if centre is not None:
+            pull, constant = mu * centre, constant + mu * float(centre.square().sum())
+
+        loose = [moments.rows for moments in seen if moments.rows is not None]
+        rows = torch.cat(loose) if loose else torch.zeros(0, width, dtype=torch.float64)
+        if len(loose) == len(seen) and len(rows) < width:
+            outputs = [part @ down.T for part, down in zip(loose, downs, strict=False)]
+            targets = _block_diagonal(outputs, len(rows)) @ inside.T
+            return Quadratic(basis, targets.T @ rows + pull, centre, mu, constant, linalg.gram(rows.T), rows, targets)
+        square = linalg.gram(rows)
+        for moments in seen:
+            if moments.square is not None:
+                square += moments.square
+        return Quadratic(basis, inside @ torch.cat(blocks) + pull, centre, mu, constant, square, None, None)
+
+    @staticmethod
+    def held_out(problem: LayerProblem) -> Quadratic:
+        """The sum over concepts of the squared residual on the held-out prompts, in the same basis: 0 is every adapter's own behaviour.
+
+        Raises MergeError where no held-out prompts were collected.
+        """
+        kept = {} if problem.statistics is None else problem.statistics.held_out
+        if problem.statistics is None or set(problem.concepts) - set(kept):
+            raise MergeError(f"{problem.layer}: no held-out statistics to choose by; collect some held-out prompts, or set choose='fixed'")
+        pairs = zip(problem.concepts, problem.factors, strict=True)
+        energies = [float(((up.T @ up) * (_times_gram(down, kept[concept]) @ down.T)).sum()) for concept, (up, down) in pairs]
+        shares = tuple(1 / energy if energy > 0 else 0.0 for energy in energies)
+        return Quadratic.of(replace(problem, statistics=replace(problem.statistics, fit=kept)), importance=shares)
+
+    def with_mu(self, mu: float) -> Quadratic:
+        """The same but for the ridge."""
+        if self.prior is None:
+            return replace(self, mu=mu)
+        more = mu - self.mu
+        return replace(self, mu=mu, right=self.right + more * self.prior, constant=self.constant + more * float(self.prior.square().sum()))
+
+    def minimiser(self, extra: float = 0.0) -> Tensor:
+        """The V (k, in) of least q(D) + extra ||D||^2: (R + mu P)(S + w G_0 + (mu + extra) I)^-1, primal or dual."""
+        total = self.mu + extra
+        if self.rows is None or self.targets is None:
+            return linalg.ridge_solve(self.right, self.square, total)
+        if self.prior is None or total == 0:
+            return linalg.dual_solve(self.targets, self.rows, self.square, total)
+        centre = self.prior * (self.mu / total)
+        return centre + linalg.dual_solve(self.targets - self.rows @ centre.T, self.rows, self.square, total)
+
+    def penalised(self, multiplier: float) -> tuple[Tensor, float]:
+        """V of least q(D) + 2 multiplier ||D||_F (not squared), and the mu that takes the penalty's place, infinite for V = 0.
+
+        V = V(mu) with mu ||V(mu)|| = multiplier, a monotone equation in one unknown; V = 0 iff ||R|| <= multiplier.
+        """
+        size = float(self.right.norm())
+        if size <= multiplier:
+            return torch.zeros_like(self.right), float("inf")
+        found: dict[float, Tensor] = {}
+
+        def norm(mu: float) -> float:
+            found.clear()
+            found[mu] = self.minimiser(mu)
+            return float(found[mu].norm())
+
+        energy = float(self.square.trace()) / self.right.shape[1] + self.mu
+        root = linalg.secular_root(norm, multiplier, start=min(1.0, multiplier / size) * energy)
+        return found[root], root
+
+    def least(self, minimiser: Tensor, extra: float = 0.0) -> float:
+        """q at what `minimiser(extra)` returned."""
+        return self.constant - float((self.right * minimiser).sum()) - (extra * float(minimiser.square().sum()) if minimiser.any() else 0.0)
+
+    def value_and_gradient(self, v: Tensor) -> tuple[float, Tensor]:
+        """q(D) and its gradient 2 (V A - R), (k, in)."""
+        product = self.mu * v + (v @ self.square if self.rows is None else (v @ self.rows.T) @ self.rows)
+        return self.constant + float(((product - 2 * self.right) * v).sum()), 2 * (product - self.right)
+
+    def metric(self) -> Tensor:
+        """S + w G_0 + mu I (in, in): what activation-aware truncation measures in."""
+        metric = self.square.clone() if self.rows is None else linalg.gram(self.rows)
+        metric.diagonal().add_(self.mu)
+        return metric
+
+
+def _trace(moments: Moments) -> float:
+    return float(moments.rows.square().sum() if moments.rows is not None else moments.gram().trace())
+
+
+def _times_gram(down: Tensor, moments: Moments) -> Tensor:
+    return (down @ moments.rows.T) @ moments.rows if moments.rows is not None else down @ moments.gram()
+
+
+def _block_diagonal(outputs: list[Tensor], count: int) -> Tensor:
+    """(count, sum of widths) of blocks (rows_i, width_i) along the diagonal, zeros elsewhere and below."""
+    targets = torch.zeros(count, sum(block.shape[1] for block in outputs), dtype=torch.float64)
+    row = column = 0
+    for block in outputs:
+        targets[row : row + block.shape[0], column : column + block.shape[1]] = block
+        row, column = row + block.shape[0], column + block.shape[1]
+    return targets
+
+
+def _preserve(problem: LayerProblem, preservation: float, normalise: bool) -> Moments:
+    kept = None if problem.statistics is None else problem.statistics.preserve
+    if kept is None or kept.count == 0:
+        raise MergeError(f"{problem.layer}: no preservation statistics; collect some concept-free prompts, or set preservation=0")
+    return kept.scaled(preservation / (kept.count if normalise else 1))

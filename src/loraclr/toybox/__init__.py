@@ -1,0 +1,87 @@
+"""The toybox: a small but real Stable-Diffusion-architecture world that needs no download and no GPU.
+
+A trained base pipeline, 12 development and 12 test identities that the base never saw, one adapter file for each in the formats of
+the wild, 16 reference pictures each, and an attribute judge. Choices are made on the development split, reports on the test split.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from PIL import Image
+
+from loraclr.errors import UsageError
+from loraclr.pipeline import Pipeline
+from loraclr.toybox.judge import Judge
+
+DATA = Path(__file__).parent / "data"
+SPLITS = ("development", "test")
+SIDE = 64
+
+
+@dataclass(frozen=True)
+class ToyConcept:
+    """An identity: what it is called, and the ground truth that only judges may see."""
+
+    name: str
+    noun: str  # "woman" or "man"
+    split: str
+    attributes: Mapping[str, str]  # hair, hair_colour, skin, glasses, facial
+
+
+class Toybox:
+    """The bundled world. Nothing is loaded before it is asked for."""
+
+    def __init__(self, data: Path = DATA) -> None:
+        self.data = data
+        self.base_path = data / "base"
+        if not (self.base_path / "model_index.json").exists():
+            raise UsageError(f"the toybox is not in {data}: install the package with its data")
+        described = json.loads((data / "concepts.json").read_text())
+        self.concepts = {name: ToyConcept(name, **fields) for name, fields in described.items()}
+
+    def load(self) -> Pipeline:
+        """A new base pipeline in float32."""
+        return Pipeline.load(self.base_path)
+
+    @cached_property
+    def judge(self) -> Judge:
+        return Judge.load(self.data / "judge.safetensors")
+
+    def names(self, split: str = "development") -> list[str]:
+        if split not in SPLITS:
+            raise UsageError(f"no split called {split!r}; the splits are {' and '.join(SPLITS)}")
+        return [name for name, concept in self.concepts.items() if concept.split == split]
+
+    def adapter_paths(self, split: str = "development") -> dict[str, Path]:
+        """One adapter file per identity of the split."""
+        return {name: next((self.data / "loras" / split).glob(f"{name}.*")) for name in self.names(split)}
+
+    def references(self, name: str) -> list[Image.Image]:
+        """The 16 pictures (64x64) that the identity's adapter was trained on."""
+        strip = Image.open(self.data / "references" / f"{name}.png").convert("RGB")
+        return [strip.crop((x, 0, x + SIDE, SIDE)) for x in range(0, strip.width, SIDE)]
+
+    def export(self, folder: Path, split: str = "development") -> Path:
+        """Write `base/`, `loras/` and `references/NAME/` into a new or empty folder."""
+        paths = self.adapter_paths(split)
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise UsageError(f"{folder} exists and is not an empty folder; give another one")
+        shutil.copytree(self.base_path, folder / "base")
+        (folder / "loras").mkdir()
+        for name, path in paths.items():
+            shutil.copy(path, folder / "loras" / path.name)
+            (folder / "references" / name).mkdir(parents=True)
+            for index, image in enumerate(self.references(name)):
+                image.save(folder / "references" / name / f"{index:02d}.png")
+        return folder
+
+
+def open_toybox() -> Toybox:
+    """The toybox that ships with the package."""
+    return Toybox()

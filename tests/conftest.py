@@ -1,0 +1,102 @@
+"""Fixtures shared by all tests: one seed for everything, and a Stable Diffusion pipeline small enough for every test to have its own."""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Callable
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before the first import of a Hugging Face library: no test may reach for the network
+
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+def tiny_tokenizer():
+    """A CLIP tokenizer of single bytes and no merges: every word is its letters. Ids 512 and 513 are begin and end."""
+    from transformers import CLIPTokenizer
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+    letters = list(bytes_to_unicode().values())
+    pieces = [*letters, *(letter + "</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
+    return CLIPTokenizer(vocab={piece: number for number, piece in enumerate(pieces)}, merges=[], model_max_length=77)
+
+
+def _build_tiny_pipe():
+    from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        tokenizer = tiny_tokenizer()
+        unet = UNet2DConditionModel(
+            sample_size=8,
+            block_out_channels=(32, 64, 64),
+            layers_per_block=1,
+            down_block_types=("CrossAttnDownBlock2D",) * 3,
+            up_block_types=("CrossAttnUpBlock2D",) * 3,
+            cross_attention_dim=32,
+            attention_head_dim=4,
+            norm_num_groups=8,
+        )
+        text_encoder = CLIPTextModel(
+            CLIPTextConfig(
+                vocab_size=len(tokenizer),
+                hidden_size=32,
+                intermediate_size=64,
+                num_hidden_layers=2,
+                num_attention_heads=4,
+                projection_dim=32,
+                bos_token_id=tokenizer.bos_token_id,
+                eos_token_id=tokenizer.eos_token_id,
+                pad_token_id=tokenizer.pad_token_id,
+            )
+        )
+        vae = AutoencoderKL(
+            block_out_channels=(8, 8),
+            down_block_types=("DownEncoderBlock2D",) * 2,
+            up_block_types=("UpDecoderBlock2D",) * 2,
+            layers_per_block=1,
+            latent_channels=4,
+            norm_num_groups=4,
+        )
+    pipe = StableDiffusionPipeline(
+        vae=vae,
+        text_encoder=text_encoder,
+        tokenizer=tokenizer,
+        unet=unet,
+        scheduler=DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    pipe.set_progress_bar_config(disable=True)
+    for component in (unet, text_encoder, vae):
+        component.eval().requires_grad_(False)
+    return pipe
+
+
+@pytest.fixture(scope="session")
+def _tiny_original():
+    return _build_tiny_pipe()
+
+
+@pytest.fixture
+def tiny_pipe(_tiny_original) -> Callable[[], object]:
+    """`tiny_pipe()` is a fresh seeded StableDiffusionPipeline: UNet (32, 64, 64), ten cross-attention layers, two-layer CLIP of width 32.
+
+    Built once per session; every call hands out a deep copy of its modules and tokenizer, equal to the last bit.
+    """
+
+    def make():
+        parts = {name: copy.deepcopy(part) for name, part in _tiny_original.components.items()}
+        pipe = type(_tiny_original)(**parts, requires_safety_checker=False)
+        pipe.set_progress_bar_config(disable=True)
+        return pipe
+
+    return make

@@ -1,0 +1,427 @@
+"""The command line, run in this process: what it prints where, what it refuses, and that it never leaves half a file."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import get_args, get_type_hints
+
+import pytest
+from concepts import KEYS, TEXT, concept, three
+from PIL import Image
+
+import loraclr
+from loraclr.cli import generate as generate_command
+from loraclr.cli import main, parse
+from loraclr.cli import merge as merge_command
+from loraclr.cli import toybox as toybox_command
+from loraclr.errors import MergeError, UsageError
+from loraclr.formats import FORMATS, load_adapter, save_adapter
+from loraclr.methods import METHODS, make_method, parameters
+from loraclr.pipeline import Pipeline
+from loraclr.toybox import SPLITS
+
+
+@pytest.fixture
+def call(capsys):
+    """`call("merge", path, ...)` -> exit code, standard output, standard error, both with their white space evened out."""
+
+    def run(*words: object) -> tuple[int, str, str]:
+        code = main([str(word) for word in words])
+        said = capsys.readouterr()
+        return code, said.out if "--json" in words else " ".join(said.out.split()), said.err
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def base(_tiny_original, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("model") / "base"
+    _tiny_original.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def model(_tiny_original) -> Pipeline:
+    return Pipeline(_tiny_original)
+
+
+@pytest.fixture
+def files(model, tmp_path) -> list[Path]:
+    """ada, ben (with a token) and cai, in three formats."""
+    ada, ben, cai = three(model)
+    return [
+        save_adapter(ada, tmp_path / "ada.safetensors"),
+        save_adapter(ben, tmp_path / "ben.safetensors", format="diffusers"),
+        save_adapter(cai, tmp_path / "cai", format="peft", metadata={"modelspec.trigger_phrase": "cai man"}),
+    ]
+
+
+def error(said: tuple[int, str, str], code: int = 1) -> str:
+    """The one line on standard error; nothing on standard output."""
+    assert said[0] == code and said[1] == ""
+    lines = said[2].splitlines()
+    assert len(lines) == 1 and lines[0].startswith("error: "), said[2]
+    return lines[0].removeprefix("error: ")
+
+
+def module(name: str):
+    """The module, where the package's attribute of that name is the verb."""
+    return importlib.import_module(f"loraclr.{name}")
+
+
+# --- the frame
+
+
+def test_help_names_every_command_and_every_option(call):
+    code, out, _ = call("--help")
+    assert code == 0 and all(word in out for word in ("inspect", "merge", "generate", "methods", "demo", "toybox", "loraclr demo"))
+    for command, function in {"merge": merge_command.merge, "generate": generate_command.generate}.items():
+        code, out, _ = call(command, "--help")
+        assert code == 0
+        names = [name.rstrip("_") for name in inspect.signature(function).parameters if name != "files"]
+        assert all(f"--{name}" in out for name in names)
+
+
+def test_version(call):
+    assert call("--version") == (0, f"loraclr {loraclr.__version__}", "")
+
+
+def test_wrong_usage_is_exit_2(call):
+    for words in (["nonsense"], ["merge"], ["merge", "x.safetensors"], ["merge", "a", "--output", "b", "--formt", "kohya"], ["inspect"]):
+        code, _, err = call(*words)
+        assert code == 2 and "Usage" in err and "Traceback" not in err
+    assert call("merge", "a.safetensors", "--output", "b.safetensors", "--format", "nothing")[0] == 2
+    assert call("merge", "a.safetensors", "--output", "b.safetensors", "--rank", "0")[0] == 2
+
+
+def test_defaults_are_those_of_the_library():
+    """Repeated on the command line, because it must not import the library to show its help."""
+
+    def defaults(function):
+        return {name: p.default for name, p in inspect.signature(function).parameters.items() if p.default is not p.empty}
+
+    ours, theirs = defaults(merge_command.merge), defaults(loraclr.merge)
+    assert {name: ours[name] for name in ("method", "rank", "seed", "measure")} == {
+        name: theirs[name] for name in ("method", "rank", "seed", "measure")
+    }
+    assert ours["format"] == defaults(loraclr.MergeResult.save)["format"] == defaults(loraclr.save_adapter)["format"]
+    assert ours["dtype"] == "fp16" and str(defaults(loraclr.MergeResult.save)["dtype"]) == "torch.float16"
+    ours, theirs = defaults(generate_command.generate), defaults(loraclr.generate)
+    assert {name: ours[name] for name in ("steps", "guidance", "negative", "size")} == {
+        name: theirs[name] for name in ("steps", "guidance", "negative", "size")
+    }
+    assert ours["batch"] == theirs["batch_size"]
+
+
+def test_choices_are_those_of_the_library():
+    assert set(get_args(get_type_hints(merge_command.merge)["format"])) == {format.id for format in FORMATS}
+    assert get_args(get_type_hints(toybox_command.export)["split"]) == SPLITS
+
+
+def test_as_a_program(tmp_path):
+    """One real process: the exit code arrives, and an error is a line and no traceback."""
+    environment = {**os.environ, "PYTHONPATH": str(Path(loraclr.__file__).parents[1])}
+    words = [sys.executable, "-m", "loraclr", "inspect", str(tmp_path / "nowhere.safetensors")]
+    done = subprocess.run(words, capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 1 and done.stdout == ""
+    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1 and "no such file" in done.stderr
+
+
+def test_errors_are_one_line_with_their_brackets(call, monkeypatch, files, tmp_path):
+    def fail(*_, **__):
+        raise MergeError("layers [bold]x[/] of\n shape [1, 2] do not fit; use others")
+
+    monkeypatch.setattr(module("merge"), "merge", fail)
+    said = error(call("merge", files[0], "--method", "sum", "--output", tmp_path / "out.safetensors"))
+    assert said == "layers [bold]x[/] of shape [1, 2] do not fit; use others"
+
+
+def test_errors_of_the_system_are_shown_alike(call, monkeypatch, files, tmp_path):
+    def fail(*_, **__):
+        raise PermissionError(13, "Permission denied", "out.safetensors")
+
+    monkeypatch.setattr(module("merge").MergeResult, "save", fail)
+    assert "Permission denied" in error(call("merge", files[0], "--method", "sum", "--output", tmp_path / "out.safetensors"))
+
+
+def test_control_c_is_130_and_leaves_nothing(call, monkeypatch, files, tmp_path):
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    before = sorted(tmp_path.iterdir())
+    monkeypatch.setattr(module("merge"), "merge", interrupt)
+    code, out, err = call("merge", *files, "--method", "sum", "--output", tmp_path / "out.safetensors")
+    assert (code, out, err) == (130, "", "interrupted\n")
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_our_warnings_are_one_line_each(call, files, tmp_path):
+    words = ["--trigger", "ada=a man", "--trigger", "cai=a man", "--method", "sum", "--output", tmp_path / "out.safetensors"]
+    code, _, err = call("merge", *files, *words)
+    assert code == 0
+    assert [line for line in err.splitlines() if line.startswith("warning: ")] == [
+        "warning: ada, cai are called by the same words 'a man': no merge can tell them apart; give each its own trigger"
+    ]
+    assert "stacklevel" not in err and ".py" not in err
+
+
+# --- words to values
+
+
+def test_settings_are_typed_by_the_method():
+    types = {row.name: row.type for row in parameters(METHODS["loraclr"])}
+    words = ["ridge=1e-2", "prior=mean", "normalise=false", "iterations=7", "importance=1,2.5"]
+    assert parse.settings(words, types) == {
+        "ridge": 0.01, "prior": "mean", "normalise": False, "iterations": 7, "importance": (1, 2.5)
+    }  # fmt: skip
+    assert parse.settings(["importance=2"], types) == {"importance": (2,)}
+    assert parse.settings(["rank=none"], {}) == {"rank": None}
+    for wrong in ("ridge", "ridge=", "=1"):
+        with pytest.raises(UsageError, match="NAME=VALUE"):
+            parse.settings([wrong], types)
+    with pytest.raises(UsageError, match="twice"):
+        parse.settings(["ridge=1", "ridge=2"], types)
+
+
+def test_weights_go_by_order_or_by_name():
+    names = ["ada", "ben", "cai"]
+    assert parse.weights([], names) is None
+    assert parse.weights(["1", "0.5", "-2"], names) == [1, 0.5, -2]
+    assert parse.weights(["cai=0.8", "ada = 2"], names) == [2, 1, 0.8]
+    for words, said in {
+        ("1", "2"): "3 adapters and 2 plain weights",
+        ("1", "ada=2", "3"): "not both",
+        ("aba=1",): "did you mean 'ada'",
+        ("ada=1", "ada=2"): "twice",
+        ("ada=x",): "not a number",
+        ("nan", "1", "1"): "not a number",
+    }.items():
+        with pytest.raises(UsageError, match=said):
+            parse.weights(list(words), names)
+
+
+def test_sizes_and_loras(tmp_path):
+    assert parse.size("64x128") == (64, 128) == parse.size("64X128")
+    for wrong in ("64", "64x", "axb", "-1x4", "1x2x3"):
+        with pytest.raises(UsageError, match="HEIGHTxWIDTH"):
+            parse.size(wrong)
+    assert parse.lora("a/b.safetensors") == (Path("a/b.safetensors"), 1.0)
+    assert parse.lora("a/b.safetensors:0.8") == (Path("a/b.safetensors"), 0.8)
+    odd = tmp_path / "a:b.safetensors"
+    odd.touch()
+    assert parse.lora(str(odd)) == (odd, 1.0)
+    with pytest.raises(UsageError, match="'x' is not a number"):
+        parse.lora("b.safetensors:x")
+
+
+@pytest.mark.parametrize("method", METHODS.values(), ids=lambda method: method.name)
+def test_shown_defaults_read_back(call, method):
+    """Every default as `loraclr methods` shows it is what --set makes of it."""
+    from loraclr.cli.methods import _word
+
+    rows = parameters(method)
+    words = [f"{row.name}={_word(row.default)}" for row in rows if row.default != ()]
+    assert make_method(method.name, **parse.settings(words, {row.name: row.type for row in rows})) == method()
+
+
+# --- inspect
+
+
+def test_inspect_shows_what_files_are(call, files):
+    code, out, err = call("inspect", *files)
+    assert (code, err) == (0, "")
+    for word in ("kohya", "diffusers", "peft", "7 unet, 2 text_encoder", "ada woman", "<ben> (10 embeddings, one per layer)", "rank 3"):
+        assert word in out
+    code, out, _ = call("inspect", *files, "--json")
+    reports = json.loads(out)
+    assert [report["format"] for report in reports] == ["kohya", "diffusers", "peft"]
+    assert reports[0]["layers"] == {"text_encoder": 2, "unet": 7} and reports[1]["tokens"] == {"<ben>": [10, 32]}
+    assert reports[0]["path"] == str(files[0]) and len(reports[0]["sha256"]) == 64
+
+
+def test_inspect_goes_on_after_a_bad_file(call, files, tmp_path):
+    bad = tmp_path / "bad.safetensors"
+    bad.write_bytes(b"\0" * 20)
+    code, out, err = call("inspect", bad, files[0], tmp_path / "none.safetensors")
+    assert code == 1 and "kohya" in out
+    assert [line.split(":")[0] for line in err.splitlines()] == ["error", "error"] and "bad.safetensors" in err
+    code, out, _ = call("inspect", bad, files[0], "--json")
+    assert code == 1 and len(json.loads(out)) == 1
+
+
+# --- merge
+
+
+def test_merge_without_a_base(call, files, tmp_path):
+    target = tmp_path / "all.safetensors"
+    code, out, err = call("merge", *files, "--method", "sum", "--set", "scale=0.5", "--weight", "ben=0.25", "--output", target)
+    assert (code, err) == (0, "")
+    for word in ("sum, 3 adapters", "all layers 9", "ada ada woman 1", "ben <ben> 0.25", f"written: {target}", "all.tokens.safetensors"):
+        assert word in out, word
+    merged, sources = load_adapter(target), [load_adapter(file) for file in files]
+    expected = 0.5 * sum(w * source.layers[KEYS[0]].delta() for w, source in zip((1, 0.25, 1), sources, strict=True))
+    assert (merged.layers[KEYS[0]].delta() - expected).norm() < 1e-3 * expected.norm()
+    assert json.loads((tmp_path / "all.safetensors.json").read_text())["inputs"][1]["weight"] == 0.25
+
+
+def test_merge_with_a_base_shows_a_receipt_of_the_stages(call, model, base, tmp_path):
+    paths = [
+        save_adapter(
+            concept(model, name, (*TEXT, *KEYS), rank=2, seed=seed, triggers=(f"{name} man",)), tmp_path / f"{name}.safetensors"
+        )
+        for seed, name in enumerate(("dee", "eli"))
+    ]
+    code, out, err = call(
+        "merge", *paths, "--base", base, "--output", tmp_path / "two.safetensors", "--dtype", "fp32", "--trigger", "eli=eli"
+    )
+    assert (code, err) == (0, "")
+    for word in ("text encoder 2", "cross-attention keys and values 3", "held out", "dee dee man 1", "eli eli 1", "0 is the adapter's own"):
+        assert word in out, word
+    code, out, _ = call("merge", *paths, "--base", base, "--output", tmp_path / "three.safetensors", "--json", "--set", "ridge=0.1")
+    receipt = json.loads(out)
+    assert receipt["output"] == str(tmp_path / "three.safetensors") and receipt["tokens"] is None
+    assert receipt["parameters"]["ridge"] == 0.1 and 0 < receipt["residual"]["fit"] < 2 and len(receipt["layers"]) == 5
+
+
+@pytest.mark.parametrize(
+    ("format", "name"), [("kohya", "m.safetensors"), ("diffusers", "m.safetensors"), ("peft", "m"), ("edlora", "m.pth")]
+)
+def test_merge_writes_every_format(call, files, tmp_path, format, name):
+    code, out, _ = call("merge", files[0], "--method", "average", "--format", format, "--output", tmp_path / name, "--json")
+    assert code == 0 and json.loads(out)["output"] == str(tmp_path / name)
+    assert loraclr.describe(tmp_path / name).format == format
+
+
+def test_merge_refuses_before_any_work(call, monkeypatch, files, tmp_path):
+    def work(*_, **__):
+        raise AssertionError("work was done")
+
+    monkeypatch.setattr(module("merge"), "merge", work)
+    monkeypatch.setattr(module("pipeline").Pipeline, "load", work)
+
+    def refused(*words):
+        return error(call("merge", *files, "--base", "x/y", *words))
+
+    target = tmp_path / "out.safetensors"
+    target.write_text("precious")
+    assert "--force" in refused("--output", target)
+    assert target.read_text() == "precious"
+    beside = tmp_path / "new.safetensors.json"
+    beside.write_text("precious")
+    assert "new.safetensors.json exists" in refused("--output", tmp_path / "new.safetensors")
+    assert "make it first" in refused("--output", tmp_path / "no" / "out.safetensors")
+    assert "end its name in .safetensors" in refused("--output", tmp_path / "out.pth")
+    assert "a folder" in refused("--output", tmp_path / "new2.safetensors", "--format", "peft")
+    fresh = ("--output", tmp_path / "fresh.safetensors")
+    assert "did you mean 'ada'" in refused(*fresh, "--weight", "adda=1")
+    assert "no method 'nope'" in refused(*fresh, "--method", "nope")
+    assert "no parameter 'rigde'. Did you mean 'ridge'?" in refused(*fresh, "--set", "rigde=1")
+    assert "ridge='x' must be" in refused(*fresh, "--set", "ridge=x")
+    assert "NAME=VALUE" in refused(*fresh, "--trigger", "ada")
+    assert not (tmp_path / "fresh.safetensors").exists()
+
+
+def test_force_replaces(call, files, tmp_path):
+    target = tmp_path / "out.safetensors"
+    target.write_text("old")
+    assert call("merge", files[0], "--method", "sum", "--output", target, "--force")[0] == 0
+    assert loraclr.describe(target).format == "kohya"
+
+
+def test_merge_errors_of_the_inputs(call, files, tmp_path):
+    target = tmp_path / "out.safetensors"
+    assert "no such file" in error(call("merge", tmp_path / "nowhere.safetensors", "--method", "sum", "--output", target))
+    assert "needs the base" in error(call("merge", *files, "--output", target))
+    assert "two adapters are called 'ada'" in error(call("merge", files[0], files[0], "--method", "sum", "--output", target))
+    assert "trigger was given for 'eve'" in error(call("merge", *files, "--method", "sum", "--output", target, "--trigger", "eve=x"))
+    assert "no folder" in error(call("merge", *files, "--base", tmp_path / "none", "--output", target))
+    assert not target.exists()
+
+
+# --- generate
+
+
+def test_generate_draws_prompts_times_seeds(call, base, files, tmp_path):
+    folder = tmp_path / "new" / "pictures"
+    words = ["--base", base, "--prompt", "a <ben> at home", "--prompt", "a dog!", "--seed", 1, "--seed", 2, "--seed", 1, "--steps", 2]
+    code, out, err = call("generate", *words, "--lora", files[1], "--lora", f"{files[0]}:0.5", "--output", folder)
+    assert (code, err) == (0, "")
+    names = sorted(path.name for path in folder.iterdir())
+    assert names == ["01-a-ben-at-home-1.png", "01-a-ben-at-home-2.png", "02-a-dog-1.png", "02-a-dog-2.png"]
+    assert all(str(folder / name) in out.replace(" ", "") for name in names)
+    with Image.open(folder / names[1]) as picture:
+        settings = json.loads(picture.text["loraclr"])
+    assert settings["prompt"] == "a <ben> at home" and settings["seed"] == 2 and settings["steps"] == 2
+    assert settings["adapters"] == [{"name": "ben", "scale": 1.0}, {"name": "ada", "scale": 0.5}]
+
+    kept = (folder / names[0]).read_bytes()
+    said = error(call("generate", *words, "--lora", files[1], "--output", folder))
+    assert "01-a-ben-at-home-1.png" in said and "--force" in said
+    assert (folder / names[0]).read_bytes() == kept
+
+
+def test_generate_regions_and_json(call, base, tmp_path):
+    words = ["--base", base, "--prompt", "two people", "--steps", 1, "--size", "16x32", "--output", tmp_path, "--json"]
+    code, out, _ = call("generate", *words, "--region", "a man|blurry|0,0,16,16", "--region", "a dog|0,0.5,1,1", "--negative", "bad")
+    assert code == 0
+    (record,) = json.loads(out)
+    assert record["file"] == str(tmp_path / "01-two-people-0.png") and record["size"] == [16, 32] and record["negative"] == "bad"
+    assert [region["box"] for region in record["regions"]] == [[0, 0, 1, 0.5], [0, 0.5, 1, 1]]
+    assert Image.open(record["file"]).size == (32, 16)
+    assert call("generate", *words, "--force")[0] == 0
+
+
+def test_generate_refuses(call, base, files, tmp_path):
+    words = ["generate", "--base", base, "--prompt", "a dog", "--output", tmp_path / "out"]
+    assert "HEIGHTxWIDTH" in error(call(*words, "--size", "big"))
+    assert "multiples" in error(call(*words, "--size", "15x16"))
+    assert "0 steps" in error(call(*words, "--steps", 0))
+    assert "no such file" in error(call(*words, "--lora", tmp_path / "none.safetensors"))
+    assert "not a number" in error(call(*words, "--lora", f"{files[0]}:strong"))
+    assert "four" in error(call(*words, "--region", "a man|0,0,1"))
+    assert "no folder" in error(call("generate", "--base", tmp_path / "none", "--prompt", "a", "--output", tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
+# --- methods, toybox, demo
+
+
+def test_methods_lists_everything(call):
+    code, out, _ = call("methods")
+    assert code == 0
+    assert all(method.name in out and row.name in out for method in METHODS.values() for row in parameters(method))
+    assert ":exact" in out and "[zero, mean]" in out
+    code, out, _ = call("methods", "--json")
+    listed = json.loads(out)
+    assert [method["name"] for method in listed] == list(METHODS)
+    assert listed[0]["presets"]["exact"]["penalty"] == 1e-3 and listed[0]["parameters"][0]["name"] == "ridge"
+
+
+def test_methods_describes_one(call):
+    code, out, _ = call("methods", "svd")
+    assert code == 0 and "Eckart-Young" in out and "loraclr-reference" not in out
+    assert call("methods", "loraclr:exact")[0] == 0
+    assert "Did you mean 'average'?" in error(call("methods", "averige"))
+
+
+def test_toybox_export_and_demo_call_one_function_each(call, monkeypatch, tmp_path):
+    asked = []
+
+    class Box:
+        def export(self, folder, split):
+            asked.append((folder, split))
+            return folder
+
+    monkeypatch.setattr(module("toybox"), "open_toybox", Box)
+    assert call("toybox", "export", tmp_path / "toy", "--split", "test")[:2] == (0, f"written: {tmp_path / 'toy'}")
+    assert call("toybox", "export", tmp_path / "toy", "--split", "train")[0] == 2
+    monkeypatch.setattr(module("toybox.demo"), "run_demo", lambda output, console: asked.append(output))
+    assert call("demo", "--output", tmp_path / "here")[0] == 0
+    assert call("demo")[0] == 0
+    assert asked == [(tmp_path / "toy", "test"), tmp_path / "here", Path("demo")]

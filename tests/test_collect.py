@@ -1,0 +1,222 @@
+"""What is collected is what the layers saw: compared with plain torch hooks around plain diffusers and transformers calls."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from concepts import KEYS, SMALL, SPATIAL, TEXT, concept, fingerprint, three
+from torch import Tensor
+
+from loraclr import linalg
+from loraclr.adapter import Adapter
+from loraclr.collect import Collection, Concept, collect
+from loraclr.errors import PipelineError, UsageError
+from loraclr.pipeline import Pipeline
+
+LENGTH = 77
+
+
+@pytest.fixture
+def pipeline(tiny_pipe) -> Pipeline:
+    return Pipeline(tiny_pipe())
+
+
+@pytest.fixture
+def concepts(pipeline) -> list[Concept]:
+    return [Concept(adapter, " ".join(adapter.tokens) or adapter.triggers[0]) for adapter in three(pipeline)]
+
+
+def fused(tiny_pipe, *layers):
+    """A fresh diffusers pipeline with deltas added to its weights by hand."""
+    pipe = tiny_pipe()
+    modules = Pipeline(pipe).modules
+    for layer in layers:
+        modules[layer.name].weight.data += layer.delta()
+    return pipe
+
+
+def states(pipe, prompts) -> Tensor:
+    """(prompts, 77, dim): what transformers makes of padded prompts."""
+    ids = pipe.tokenizer(list(prompts), padding="max_length", max_length=LENGTH, return_tensors="pt").input_ids
+    with torch.no_grad():
+        return pipe.text_encoder(ids)[0]
+
+
+def hooked(pipe, name, run) -> Tensor:
+    """(rows, in): the inputs of one module while `run()` runs; convolutions as patches."""
+    module, seen = Pipeline(pipe).modules[name], []
+
+    def hook(module, inputs):
+        x = inputs[0].float()
+        if isinstance(module, torch.nn.Conv2d):
+            x = torch.nn.functional.unfold(x, module.kernel_size, padding=module.padding, stride=module.stride).mT
+        seen.append(x.reshape(-1, x.shape[-1]))
+
+    handle = module.register_forward_pre_hook(hook)
+    with torch.no_grad():
+        run()
+    handle.remove()
+    return torch.cat(seen)
+
+
+def prompts(templates, call) -> list[str]:
+    return [template.format(call) for template in templates]
+
+
+def assert_moments(moments, rows, tolerance=1e-5):
+    assert moments.count == len(rows)
+    expected = linalg.gram(rows)
+    assert (moments.gram() - expected).norm() <= tolerance * expected.norm()
+
+
+def test_text_features_are_those_of_transformers_with_the_concept_fused(tiny_pipe, pipeline, concepts):
+    found = collect(pipeline, concepts, TEXT, settings=SMALL)
+    ada = concepts[0]
+    pipe = fused(tiny_pipe, *(ada.adapter.layers[name] for name in TEXT))
+    for name in TEXT:
+        assert found[name].layer == name and found[name].concepts == ("ada", "ben", "cai")
+        rows = hooked(pipe, name, lambda: states(pipe, prompts(SMALL.fit, ada.call)))
+        assert_moments(found[name].fit["ada"], rows)
+        rows = hooked(pipe, name, lambda: states(pipe, prompts(SMALL.held_out, ada.call)))
+        assert_moments(found[name].held_out["ada"], rows)
+        plain = tiny_pipe()
+        rows = hooked(plain, name, lambda: states(plain, SMALL.preserve))  # noqa: B023
+        assert_moments(found[name].preserve, rows)
+
+
+def test_a_concept_without_text_layers_saw_the_base(tiny_pipe, pipeline, concepts):
+    found = collect(pipeline, concepts, TEXT, settings=SMALL)
+    pipe = tiny_pipe()
+    assert_moments(found[TEXT[1]].fit["cai"], hooked(pipe, TEXT[1], lambda: states(pipe, prompts(SMALL.fit, "cai man"))))
+
+
+def test_keys_see_the_states_of_the_merged_text_encoder_not_of_the_concept(tiny_pipe, pipeline, concepts):
+    merged = concept(pipeline, "merged", TEXT, rank=4, seed=9).layers
+    found = collect(pipeline, concepts, KEYS, settings=SMALL, merged=merged)
+    pipe = fused(tiny_pipe, *merged.values())
+    for name in KEYS:
+        assert_moments(found[name].fit["ada"], states(pipe, prompts(SMALL.fit, "ada woman")).flatten(0, 1))
+        assert_moments(found[name].held_out["cai"], states(pipe, prompts(SMALL.held_out, "cai man")).flatten(0, 1))
+        assert_moments(found[name].preserve, states(pipe, SMALL.preserve).flatten(0, 1))
+
+
+def test_a_layer_wise_token_is_another_text_for_every_layer(tiny_pipe, pipeline, concepts):
+    ben = concepts[1]
+    found = collect(pipeline, [ben], KEYS, settings=SMALL)
+    for name in KEYS:
+        index = pipeline.cross_attention_layers.index(name.removeprefix("unet.").rpartition(".")[0])
+        pipe = tiny_pipe()
+        pipe.tokenizer.add_tokens("<ben>")
+        pipe.text_encoder.resize_token_embeddings(len(pipe.tokenizer), mean_resizing=False)
+        pipe.text_encoder.get_input_embeddings().weight.data[-1] = ben.adapter.tokens["<ben>"][index]
+        assert_moments(found[name].fit["ben"], states(pipe, prompts(SMALL.fit, "<ben>")).flatten(0, 1))
+    deltas = found[KEYS[0]].fit["ben"].gram() - found[KEYS[2]].fit["ben"].gram()
+    assert deltas.norm() > 1e-3 * found[KEYS[0]].fit["ben"].gram().norm()
+
+
+@pytest.mark.parametrize("name", SPATIAL)
+def test_spatial_features_are_those_of_stock_diffusers(tiny_pipe, pipeline, concepts, name):
+    ada = concepts[0]
+    merged = concept(pipeline, "merged", (TEXT[0], KEYS[1]), rank=4, seed=9).layers
+    found = collect(pipeline, [ada], SPATIAL, settings=SMALL, merged=merged)
+    pipe = fused(tiny_pipe, *merged.values(), *(ada.adapter.layers[own] for own in SPATIAL))
+
+    def run():
+        said = prompts(SMALL.fit, ada.call)
+        generators = [torch.Generator().manual_seed(seed) for seed in range(len(said))]
+        pipe(said, num_inference_steps=SMALL.steps, guidance_scale=1.0, generator=generators, output_type="latent")
+
+    assert_moments(found[name].fit["ada"], hooked(pipe, name, run), tolerance=1e-4)
+
+
+def test_the_weight_scales_a_concepts_own_change(tiny_pipe, pipeline, concepts):
+    ada = concepts[0].adapter
+    found = collect(pipeline, [Concept(ada, "ada woman", 0.25)], TEXT, settings=SMALL)
+    pipe = tiny_pipe()
+    for name in TEXT:
+        Pipeline(pipe).modules[name].weight.data += 0.25 * ada.layers[name].delta()
+    assert_moments(found[TEXT[1]].fit["ada"], hooked(pipe, TEXT[1], lambda: states(pipe, prompts(SMALL.fit, "ada woman"))))
+
+
+def test_the_seed_moves_spatial_features_and_nothing_else(pipeline, concepts):
+    def grams(names, seed):
+        found = collect(pipeline, concepts[:1], names, settings=Collection(SMALL.fit, (), (), steps=1, seed=seed))
+        return torch.cat([found[name].fit["ada"].gram().flatten() for name in names])
+
+    assert torch.equal(grams(SPATIAL, 3), grams(SPATIAL, 3))
+    assert not torch.allclose(grams(SPATIAL, 3), grams(SPATIAL, 4))
+    assert torch.equal(grams(TEXT, 3), grams(TEXT, 4))
+
+
+def test_two_runs_sum_to_the_run_of_both_prompts(pipeline, concepts):
+    first, second = SMALL.fit
+    parts = [collect(pipeline, concepts, TEXT, settings=Collection((one,), (), ())) for one in (first, second)]
+    whole = collect(pipeline, concepts, TEXT, settings=Collection((first, second), (), ()))
+    for name in TEXT:
+        summed = parts[0][name] + parts[1][name]
+        assert summed.fit["ada"].count == whole[name].fit["ada"].count == 2 * LENGTH
+        assert torch.allclose(summed.fit["ada"].gram(), whole[name].fit["ada"].gram(), rtol=1e-12)
+
+
+def test_the_sample_is_paired(pipeline):
+    """Two names for one thing see the same rows; those of the sample are rows that were seen, the same for all."""
+    rows = {name: concept(pipeline, name, (*KEYS, *SPATIAL), rank=1, seed=5) for name in ("one", "two")}
+    twins = [Concept(adapter, "same words") for adapter in rows.values()]
+    for names in (KEYS, SPATIAL):
+        found = collect(pipeline, twins, names, settings=SMALL)
+        for name in names:
+            sample = found[name].sample
+            assert set(sample) == {"one", "two"} and 0 < len(sample["one"]) <= SMALL.sample
+            assert torch.equal(sample["one"], sample["two"])
+    states = pipeline.encode(prompts(SMALL.fit, "same words")).flatten(0, 1)
+    sample = collect(pipeline, twins, KEYS, settings=SMALL)[KEYS[0]].sample["one"]
+    assert len(sample) == SMALL.sample
+    assert torch.cdist(sample, states, compute_mode="donot_use_mm_for_euclid_dist").min(1).values.max() < 1e-5
+
+
+def test_the_sample_can_be_left_out(pipeline, concepts):
+    found = collect(pipeline, concepts, KEYS, settings=Collection(SMALL.fit, (), (), sample=0))
+    assert found[KEYS[0]].sample == {} and found[KEYS[0]].held_out == {} and found[KEYS[0]].preserve is None
+
+
+def test_unpadded_prompts_have_their_own_tokens_only(pipeline, concepts):
+    settings = Collection(SMALL.fit, (), (), padded=False)
+    found = collect(pipeline, concepts, TEXT, settings=settings)
+    assert found[TEXT[0]].fit["ada"].count == sum(pipeline.token_count(prompt) for prompt in prompts(SMALL.fit, "ada woman"))
+    counts = {len(rows) for rows in found[TEXT[0]].sample.values()}
+    assert len(counts) <= 1, "texts of different length still pair"
+
+
+def test_progress_names_every_concept_and_the_rest(pipeline, concepts):
+    told = []
+    collect(pipeline, concepts, TEXT, settings=SMALL, progress=told.append)
+    assert told == ["ada", "ben", "cai", "preservation"]
+
+
+def test_the_model_is_as_before_also_after_an_error(pipeline, concepts):
+    before = fingerprint(pipeline)
+    for names in (TEXT, KEYS, SPATIAL):
+        collect(pipeline, concepts, names, settings=SMALL)
+    assert fingerprint(pipeline) == before
+
+    def stop(what):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        collect(pipeline, concepts, SPATIAL, settings=SMALL, progress=stop)
+    assert fingerprint(pipeline) == before
+
+
+def test_mistakes(pipeline, concepts):
+    with pytest.raises(UsageError, match="stage by stage"):
+        collect(pipeline, concepts, [TEXT[0], KEYS[0]], settings=SMALL)
+    with pytest.raises(PipelineError, match="no layer"):
+        collect(pipeline, concepts, ["unet.nowhere"], settings=SMALL)
+    with pytest.raises(UsageError, match="exactly one"):
+        Collection(fit=("a photo",))
+    with pytest.raises(UsageError, match="exactly one"):
+        Collection(held_out=("a {} and a {}",))
+    with pytest.raises(UsageError, match="at least one"):
+        Collection(fit=())
+    foreign = Concept(Adapter.of([concepts[0].adapter.layers[TEXT[0]]], name="x"), "x")
+    assert collect(pipeline, [foreign], TEXT[:1], settings=SMALL)[TEXT[0]].concepts == ("x",)

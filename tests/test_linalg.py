@@ -1,0 +1,149 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from problems import relative
+
+from loraclr import linalg
+from loraclr.errors import NumericalError
+
+
+def draw(*shape):
+    return torch.randn(*shape, dtype=torch.float64)
+
+
+def spd(n):
+    a = draw(n + 3, n)
+    return a.T @ a
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
+def test_gram_is_float64_whatever_comes_in(dtype):
+    rows = draw(7, 4).to(dtype)
+    assert linalg.gram(rows).dtype == torch.float64
+    assert torch.allclose(linalg.gram(rows), rows.double().T @ rows.double(), atol=1e-13)
+
+
+@given(out=st.integers(1, 7), width=st.integers(1, 7), k=st.integers(0, 9))
+@settings(max_examples=40, deadline=None)
+def test_svd_of_product_is_the_svd_of_the_dense_product(out, width, k):
+    up, down = draw(out, k), draw(k, width)
+    u, s, vh = linalg.svd_of_product(up, down)
+    assert torch.allclose(u * s @ vh, up @ down, atol=1e-12)
+    dense = torch.linalg.svdvals(up @ down)[: len(s)]
+    assert torch.allclose(s[: len(dense)], dense, atol=1e-11)
+
+
+def test_truncation_is_eckart_young_and_says_what_it_lost():
+    up, down = draw(9, 5), draw(5, 7)
+    values = torch.linalg.svdvals(up @ down)
+    cut = linalg.truncate(up, down, 3)
+    assert cut.up.shape == (9, 3) and cut.down.shape == (3, 7)
+    assert math.isclose(float((cut.up @ cut.down - up @ down).norm()), float(values[3:].norm()), rel_tol=1e-10)
+    assert math.isclose(cut.lost, float(values[3:].norm() / values.norm()), rel_tol=1e-10)
+    assert linalg.truncate(up, down, 5).lost < 1e-12
+    assert torch.allclose(cut.up.norm(dim=0), cut.down.norm(dim=1))  # balanced, so that neither underflows in float16
+
+
+def test_truncation_by_hand():
+    up, down = torch.diag(torch.tensor([4.0, 3.0, 0.0, 0.0])), torch.eye(4)
+    cut = linalg.truncate(up, down, 1)
+    assert torch.allclose(cut.up @ cut.down, torch.diag(torch.tensor([4.0, 0, 0, 0], dtype=torch.float64)))
+    assert math.isclose(cut.lost, 3 / 5)
+
+
+def test_lowest_rank_finds_the_rank_behind_stacked_copies():
+    up, down = draw(9, 2), draw(2, 7)
+    thin = linalg.lowest_rank(torch.cat([up] * 4, 1), torch.cat([down] * 4))
+    assert thin[0].shape == (9, 2)
+    assert relative(thin[0] @ thin[1], 4 * up @ down) < 1e-14
+    assert linalg.lowest_rank(up, torch.zeros(2, 7))[0].shape == (9, 0)
+
+
+@pytest.mark.parametrize(("out", "width", "rank"), [(5, 7, 2), (7, 5, 2), (5, 7, 5), (7, 5, 5), (4, 4, 0)])
+def test_factor_is_exact_and_lowest(out, width, rank):
+    change = draw(out, rank) @ draw(rank, width)
+    up, down = linalg.factor(change)
+    assert up.shape == (out, rank) and down.shape == (rank, width)
+    assert torch.allclose(up @ down, change, atol=1e-12)
+
+
+def test_ridge_solve_by_hand():
+    square = torch.diag(torch.tensor([1.0, 3.0], dtype=torch.float64))
+    right = torch.tensor([[2.0, 8.0]], dtype=torch.float64)
+    assert torch.allclose(linalg.ridge_solve(right, square, 1.0), torch.tensor([[1.0, 2.0]], dtype=torch.float64))
+
+
+@pytest.mark.parametrize("mu", [1e-3, 1.0, 100.0])
+def test_dual_solve_is_the_primal(mu):
+    rows, targets = draw(4, 9), draw(4, 3)
+    primal = linalg.ridge_solve(targets.T @ rows, rows.T @ rows, mu)
+    assert relative(linalg.dual_solve(targets, rows, rows @ rows.T, mu), primal) < 1e-11
+
+
+def test_dual_solve_without_ridge_is_the_least_norm_solution_even_with_repeated_rows():
+    rows = draw(4, 9)
+    rows[3] = rows[0]
+    targets = draw(4, 3)
+    targets[3] = targets[0]
+    found = linalg.dual_solve(targets, rows, rows @ rows.T, 0.0)
+    assert relative(found, (torch.linalg.pinv(rows) @ targets).T) < 1e-10
+    assert relative(rows @ found.T, targets) < 1e-10
+
+
+def test_cholesky_has_a_voice():
+    with pytest.raises(NumericalError, match="NaN"):
+        linalg.cholesky(torch.full((2, 2), torch.nan))
+    with pytest.raises(NumericalError, match=r"not positive definite.*raise `ridge`"):
+        linalg.cholesky(torch.tensor([[1.0, 0.0], [0.0, -1.0]], dtype=torch.float64))
+    vector = draw(4, 1)
+    with pytest.warns(RuntimeWarning, match=r"singular: added .*e-\d\d, 1e-12"):
+        lower = linalg.cholesky(vector @ vector.T)
+    assert relative(lower @ lower.T, vector @ vector.T) < 1e-10
+    with pytest.raises(NumericalError, match="NaN"):
+        linalg.dual_solve(torch.ones(1, 1), torch.full((1, 2), torch.nan), torch.full((1, 1), torch.nan), 0.0)
+
+
+@given(share=st.floats(1e-9, 0.999), start=st.floats(1e-12, 1e6), spread=st.floats(0, 8), seed=st.integers(0, 99))
+@settings(max_examples=60, deadline=None)
+def test_secular_root_from_any_start(share, start, spread, seed):
+    make = torch.Generator().manual_seed(seed)
+    eigen = 10 ** (-spread * torch.rand(6, generator=make, dtype=torch.float64))
+    right = torch.randn(6, generator=make, dtype=torch.float64)
+    target = share * float(right.norm())
+    mu = linalg.secular_root(lambda mu: float((right / (eigen + mu)).norm()), target, start=start)
+    assert math.isclose(mu * float((right / (eigen + mu)).norm()), target, rel_tol=1e-8)
+
+
+def test_secular_root_refuses_nan():
+    with pytest.raises(NumericalError, match="NaN"):
+        linalg.secular_root(lambda mu: math.nan, 1.0, start=1.0)
+
+
+def test_activation_aware_truncation_is_the_rank_constrained_optimum():
+    up, down, metric, mu = draw(6, 4), draw(4, 5), spd(5), 0.3
+    delta, lifted = up @ down, metric + mu * torch.eye(5)
+    root = torch.linalg.cholesky(lifted)
+
+    def error(candidate):
+        return float(((candidate - delta) @ root).norm() / (delta @ root).norm())
+
+    cut = linalg.truncate_aware(up, down, 2, metric=metric, mu=mu)
+    values = torch.linalg.svdvals(delta @ root)
+    assert math.isclose(error(cut.up @ cut.down), float(values[2:].norm() / values.norm()), rel_tol=1e-9)
+    assert math.isclose(cut.lost, error(cut.up @ cut.down), rel_tol=1e-6)
+    plain = linalg.truncate(up, down, 2)
+    assert error(cut.up @ cut.down) < error(plain.up @ plain.down)
+    assert relative((full := linalg.truncate_aware(up, down, 4, metric=metric)).up @ full.down, delta) < 1e-12
+
+
+def test_activation_aware_truncation_needs_no_inverse():
+    rows = draw(1, 5)
+    up, down = draw(6, 4), draw(4, 5)
+    cut = linalg.truncate_aware(up, down, 1, metric=rows.T @ rows)  # one direction is seen: rank 1 loses nothing of it
+    assert relative(rows @ (cut.up @ cut.down).T, rows @ (up @ down).T) < 1e-12
+    assert cut.lost < 1e-6

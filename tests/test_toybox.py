@@ -1,0 +1,130 @@
+"""The bundled world is what it says, and its scores are what a hand computes."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+
+import pytest
+import torch
+from PIL import Image
+
+from loraclr.errors import UsageError
+from loraclr.formats import describe, load_adapter
+from loraclr.toybox import SPLITS, Toybox, open_toybox
+from loraclr.toybox.judge import Judge, agreement, nearest_identity
+from loraclr.toybox.score import SCORE_TEMPLATES, interval, score
+
+HEADS = {"hair": ("bob", "bun"), "skin": ("pale", "dark", "tan")}
+
+
+@pytest.fixture(scope="module")
+def box() -> Toybox:
+    return open_toybox()
+
+
+def test_identities_are_24_and_the_splits_do_not_overlap(box):
+    development, test = (box.names(split) for split in SPLITS)
+    assert len(development) == len(test) == 12 and not set(development) & set(test)
+    with pytest.raises(UsageError, match=r"the splits are development and test"):
+        box.names("validation")
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_adapters_come_in_the_formats_of_the_wild(box, split):
+    reports = [describe(path) for path in box.adapter_paths(split).values()]
+    formats = [report.format for report in reports]
+    assert formats.count("edlora") >= 3 and formats.count("kohya") >= 3 and formats.count("diffusers") >= 2
+    adapters = {name: load_adapter(path) for name, path in box.adapter_paths(split).items()}
+    assert sum("text_encoder" in adapter.components for adapter in adapters.values()) >= 6
+    assert any(layer.scale != 1 for adapter in adapters.values() for layer in adapter if hasattr(layer, "scale"))
+    for name, adapter in adapters.items():
+        assert (tuple(adapter.tokens) == (f"<{name}1>", f"<{name}2>")) or adapter.triggers == (f"{name} {box.concepts[name].noun}",)
+
+
+def test_triggers_are_single_reserved_words_of_the_tokenizer(box):
+    pipeline = box.load()
+    for name in box.concepts:
+        assert pipeline.token_count(name) == 3  # begin, the word, end
+
+
+def test_every_adapter_fits_the_base(box):
+    pipeline = box.load()
+    for split in SPLITS:
+        for path in box.adapter_paths(split).values():
+            with pipeline.applied(load_adapter(path)):
+                pass
+
+
+def test_references_are_16_pictures(box):
+    pictures = box.references("rhea")
+    assert len(pictures) == 16 and all(picture.size == (64, 64) for picture in pictures)
+    assert len({hashlib.sha256(picture.tobytes()).hexdigest() for picture in pictures}) == 16
+
+
+def test_the_judge_reads_the_references(box):
+    """Real renders of identities that it never saw: most attributes must be right, or no score means anything."""
+    names = box.names("development")
+    pictures = [picture for name in names for picture in box.references(name)[:8]]
+    truth = [box.concepts[name].attributes for name in names for _ in range(8)]
+    assert float(agreement(box.judge.read(pictures), truth, box.judge.heads).mean()) > 0.85
+
+
+def test_export_writes_ordinary_files_and_refuses_a_full_folder(box, tmp_path):
+    target = box.export(tmp_path / "toybox", "test")
+    assert (target / "base" / "model_index.json").exists()
+    assert len(list((target / "loras").iterdir())) == 12
+    assert all(len(list(folder.iterdir())) == 16 for folder in (target / "references").iterdir())
+    with pytest.raises(UsageError, match="not an empty folder"):
+        box.export(target)
+
+
+def test_scoring_prompts_are_not_the_merge_s_own():
+    from loraclr.collect import FIT_TEMPLATES, HELD_OUT_TEMPLATES, PRESERVE_PROMPTS
+
+    used = {*FIT_TEMPLATES, *HELD_OUT_TEMPLATES, *PRESERVE_PROMPTS}
+    assert not used & {template for template, _ in SCORE_TEMPLATES}
+
+
+def test_agreement_counts_told_attributes_only():
+    read = {"hair": torch.tensor([[0.9, 0.1], [0.2, 0.8]]), "skin": torch.tensor([[0.1, 0.8, 0.1], [0.6, 0.3, 0.1]])}
+    shares = agreement(read, [{"hair": "bob", "skin": "pale"}, {"hair": "bun"}], HEADS)
+    assert shares.tolist() == [0.5, 1.0]
+
+
+def test_nearest_identity_takes_the_joint_probability():
+    read = {"hair": torch.tensor([[0.6, 0.4]]), "skin": torch.tensor([[0.1, 0.9, 0.0]])}
+    people = [{"hair": "bob", "skin": "pale"}, {"hair": "bun", "skin": "dark"}]
+    assert nearest_identity(read, people, HEADS).tolist() == [1]  # .4 x .9 against .6 x .1
+
+
+def test_judge_file_round_trip(tmp_path):
+    from safetensors.torch import save_file
+
+    judge = Judge(HEADS, width=32).eval()
+    save_file({key: value.contiguous() for key, value in judge.state_dict().items()}, tmp_path / "judge.safetensors", metadata={"heads": json.dumps(HEADS)})
+    picture = Image.effect_noise((64, 64), 60).convert("RGB")
+    again = Judge.load(tmp_path / "judge.safetensors").read([picture])
+    for name, probabilities in judge.read([picture]).items():
+        assert torch.equal(probabilities, again[name]) and float(probabilities.sum()) == pytest.approx(1)
+
+
+def test_scores_name_the_right_person(box):
+    name = box.names("development")[0]
+    scores = score(
+        box.references(name)[:4],
+        [name] * 4,
+        [{}] * 4,
+        judge=box.judge,
+        candidates={one: box.concepts[one].attributes for one in box.names("development")},
+    )
+    assert float(scores.named.mean()) >= 0.75 and bool(scores.told.isnan().all())
+
+
+def test_interval_holds_the_mean_and_shrinks_with_more_values():
+    values = torch.tensor([0.0, 1.0] * 50)
+    low, high = interval(values)
+    assert low < 0.5 < high
+    narrow = interval(values.repeat(16))
+    assert narrow[1] - narrow[0] < (high - low) / 2
+    assert interval(values) == (low, high)
