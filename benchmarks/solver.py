@@ -31,7 +31,7 @@ from torch import Tensor
 from loraclr.adapter import LoraLayer
 from loraclr.methods import LayerProblem, LayerSolution, make_method, residuals
 from loraclr.methods.loraclr_reference import LoraclrReference
-from loraclr.statistics import Accumulator, LayerStats, Moments
+from loraclr.statistics import LayerStats, Moments
 
 CONCEPTS, RANK, SAMPLE = 12, 32, 256
 DECAY = 0.75  # the k-th principal direction of what is not concept or mean has amplitude k^-DECAY
@@ -124,10 +124,9 @@ class Layer:
         """For the solver: the statistics, accumulated here and now, and a few paired rows."""
         fit = {}
         for name, rows in zip(self.names, self.features, strict=True):
-            accumulator = Accumulator(self.kind.width)
-            for start in range(0, len(rows), 4096):
-                accumulator.add(rows[start : start + 4096])
-            fit[name] = accumulator.result()
+            fit[name] = Moments.empty(self.kind.width)
+            for part in rows.split(4096):
+                fit[name] = fit[name] + Moments.of(part)
         sample = {name: rows[:SAMPLE] for name, rows in zip(self.names, self.features, strict=True)}
         return self._with(LayerStats("layer", fit, self.held_out, self.preserve, sample))
 

@@ -236,7 +236,7 @@ def test_shown_defaults_read_back(call, method):
 def test_inspect_shows_what_files_are(call, files):
     code, out, err = call("inspect", *files)
     assert (code, err) == (0, "")
-    for word in ("kohya", "diffusers", "peft", "7 unet, 2 text_encoder", "ada woman", "<ben> (10 embeddings, one per layer)", "rank 3"):
+    for word in ("kohya", "diffusers", "peft", "2 text_encoder, 7 unet", "ada woman", "<ben> (10 embeddings, one per layer)", "rank 3"):
         assert word in out
     code, out, _ = call("inspect", *files, "--json")
     reports = json.loads(out)

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from loraclr.errors import FormatError
-from loraclr.statistics import Accumulator, LayerStats, Moments, load_statistics, save_statistics
+from loraclr.statistics import LayerStats, Moments, load_statistics, save_statistics
 
 
 def draw(*shape):
@@ -19,10 +19,9 @@ def draw(*shape):
 @settings(max_examples=30, deadline=None)
 def test_streaming_is_the_same_in_any_portions(cuts):
     rows = draw(sum(cuts), 6)
-    accumulator = Accumulator(6)
+    moments = Moments.empty(6)
     for part in rows.split(cuts):
-        accumulator.add(part)
-    moments = accumulator.result()
+        moments = moments + Moments.of(part)
     assert moments.count == len(rows)
     assert torch.allclose(moments.gram(), rows.T @ rows, atol=1e-12)
     assert (moments.rows is not None) == (len(rows) < 6)  # fewer rows than features: the rows are smaller
@@ -49,7 +48,7 @@ def test_half_precision_features_do_not_overflow():
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_bad_features_are_refused(bad):
     with pytest.raises(FormatError, match="float32"):
-        Accumulator(2).add(torch.tensor([[1.0, bad]]))
+        Moments.of(torch.tensor([[1.0, bad]]))
 
 
 def test_widths_must_agree():

@@ -102,7 +102,11 @@ def test_judge_file_round_trip(tmp_path):
     from safetensors.torch import save_file
 
     judge = Judge(HEADS, width=32).eval()
-    save_file({key: value.contiguous() for key, value in judge.state_dict().items()}, tmp_path / "judge.safetensors", metadata={"heads": json.dumps(HEADS)})
+    save_file(
+        {key: value.contiguous() for key, value in judge.state_dict().items()},
+        tmp_path / "judge.safetensors",
+        metadata={"heads": json.dumps(HEADS)},
+    )
     picture = Image.effect_noise((64, 64), 60).convert("RGB")
     again = Judge.load(tmp_path / "judge.safetensors").read([picture])
     for name, probabilities in judge.read([picture]).items():

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ from torch import Tensor
 from loraclr.adapter import Adapter, Layer
 from loraclr.errors import UsageError
 from loraclr.pipeline import Pipeline
-from loraclr.statistics import Accumulator, LayerStats, Moments
+from loraclr.statistics import LayerStats, Moments
 
 FIT_TEMPLATES = (
     "a photo of a {}", "a {}", "a portrait of a {} on a beach", "a picture of a {} in a forest", "a photo of a {} in a city",
@@ -61,24 +61,27 @@ class Collection:
             raise UsageError(f"templates need exactly one {{}} for the concept's words, and at least one must be given; seen {wrong}")
 
 
-@dataclass
 class _Recorder:
-    """Streams the rows of one run into accumulators, and keeps a few of them, chosen alike for every concept."""
+    """Sums the moments of one run's rows, and keeps a few rows, chosen alike for every concept.
 
-    accumulators: dict[str, Accumulator] = field(default_factory=dict)
-    kept: dict[str, list[Tensor]] = field(default_factory=dict)
-    keep: int = 0  # rows of each call; from the end, where texts of different length agree
+    `keep` rows of each call, from the end, where texts of different length agree. Layers that are handed the very same rows, such
+    as the queries, keys and values of one attention, share the work.
+    """
+
+    def __init__(self, keep: int = 0) -> None:
+        self.keep = keep
+        self.moments: dict[str, Moments] = {}
+        self.kept: dict[str, list[Tensor]] = {}
+        self._last: tuple[Tensor, Moments] | None = None
 
     def add(self, name: str, rows: Tensor) -> None:
-        if name not in self.accumulators:
-            self.accumulators[name] = Accumulator(rows.shape[1])
-        self.accumulators[name].add(rows)
+        if self._last is None or self._last[0] is not rows:
+            self._last = (rows, Moments.of(rows))
+        seen = self._last[1]
+        self.moments[name] = self.moments[name] + seen if name in self.moments else seen
         if self.keep:
             stride = max(1, len(rows) // self.keep)
             self.kept.setdefault(name, []).append(rows.flip(0)[::stride][: self.keep].to(torch.float32).clone())
-
-    def moments(self) -> dict[str, Moments]:
-        return {name: accumulator.result() for name, accumulator in self.accumulators.items()}
 
 
 def collect(
@@ -114,15 +117,12 @@ def collect(
         _record(pipeline, stage, names, list(settings.preserve), settings, preserve)
         if progress:
             progress("preservation")
-    fit = {name: recorders["fit"].moments() for name, recorders in runs.items()}
-    held_out = {name: recorders["held_out"].moments() for name, recorders in runs.items() if recorders["held_out"].accumulators}
-    ordinary = preserve.moments()
     return {
         name: LayerStats(
             name,
-            {concept: moments[name] for concept, moments in fit.items()},
-            {concept: moments[name] for concept, moments in held_out.items()},
-            ordinary.get(name),
+            {concept: recorders["fit"].moments[name] for concept, recorders in runs.items()},
+            {concept: recorders["held_out"].moments[name] for concept, recorders in runs.items() if settings.held_out},
+            preserve.moments.get(name),
             _paired({concept: recorders["fit"].kept.get(name, []) for concept, recorders in runs.items()}, settings.sample),
         )
         for name in names
@@ -143,9 +143,7 @@ def _per_call(settings: Collection, stage: str) -> int:
     return max(1, -(-settings.sample // calls)) if settings.sample else 0
 
 
-def _record(
-    pipeline: Pipeline, stage: str, names: Sequence[str], prompts: list[str], settings: Collection, recorder: _Recorder
-) -> None:
+def _record(pipeline: Pipeline, stage: str, names: Sequence[str], prompts: list[str], settings: Collection, recorder: _Recorder) -> None:
     if not prompts:
         return
     if stage == "text":
@@ -155,9 +153,11 @@ def _record(
     elif stage == "keys":
         for prompt in prompts:
             states = pipeline.encode([prompt], pad=settings.padded)[0]  # (tokens, dim) or (layers, tokens, dim)
+            by_layer = list(states) if states.ndim == 3 else [states] * len(pipeline.cross_attention_layers)
             for name in names:
                 index = pipeline.cross_attention_index(name)
-                recorder.add(name, states if states.ndim == 2 or index is None else states[index])
+                assert index is not None  # or the layer would be of another stage
+                recorder.add(name, by_layer[index])
     else:
         seeds = [settings.seed + index for index in range(len(prompts))]
         with pipeline.captured(names, recorder.add):

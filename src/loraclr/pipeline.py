@@ -206,15 +206,24 @@ class Pipeline:
     def captured(self, names: Sequence[str], callback: Callable[[str, Tensor], None]) -> Iterator[None]:
         """Inside, `callback(name, rows)` gets the inputs of the named modules at every forward pass, in float32.
 
-        `rows` is (t, in): tokens or pixels of the whole batch; inputs of a convolution are unfolded to (t, channels * kh * kw), so
+        `rows` is (t, in): tokens or pixels of the whole batch, the very same tensor for sibling modules that are handed the
+        same input; inputs of a convolution are unfolded to (t, channels * kh * kw), so
         that output = rows @ weight.flatten(1).T + bias for both. Raises PipelineError for unknown names.
         """
         self._known(names)
 
+        last: dict[str, tuple[Any, Tensor]] = {}  # by parent: queries, keys and values of one attention are handed the same input
+
         def hook(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+            parent = name.rpartition(".")[0]
+
             def record(module: nn.Module, inputs: tuple[Any, ...]) -> None:
+                # Rows must outlive inference mode: its tensors could not enter an optimiser's graph later.
                 with torch.inference_mode(False), torch.no_grad():
-                    callback(name, _rows(module, _usable(inputs[0])))
+                    if isinstance(module, nn.Conv2d) or parent not in last or last[parent][0] is not inputs[0]:
+                        last.clear()
+                        last[parent] = inputs[0], _rows(module, inputs[0].detach().clone())
+                    callback(name, last[parent][1])
 
             return record
 

@@ -30,10 +30,13 @@ class Moments:
 
     @staticmethod
     def of(rows: Tensor) -> Moments:
-        """Of rows (count, in)."""
-        accumulator = Accumulator(rows.shape[1])
-        accumulator.add(rows)
-        return accumulator.result()
+        """Of rows (count, in) of any float type. Moments add: streaming is a running sum. Raises FormatError on NaN or infinity."""
+        rows = rows.detach().to(torch.float64)
+        if not bool(torch.isfinite(rows).all()):
+            raise FormatError("features hold NaN or infinity: run the base in float32")
+        count, width = rows.shape
+        few = count < width
+        return Moments(width, count, rows.cpu() if few else None, None if few else linalg.gram(rows).cpu())
 
     @staticmethod
     def empty(width: int) -> Moments:
@@ -66,27 +69,6 @@ class Moments:
             rows = torch.cat([self.rows, other.rows])
             return Moments(self.width, count, rows, None) if count < self.width else Moments(self.width, count, None, linalg.gram(rows))
         return Moments(self.width, count, None, self.gram() + other.gram())
-
-
-class Accumulator:
-    """Streams feature rows into `Moments`: float64 sums, rows kept only while there are fewer than features."""
-
-    def __init__(self, width: int) -> None:
-        self._total = Moments.empty(width)
-
-    def add(self, rows: Tensor) -> None:
-        """Rows (count, in) of any float type. Raises FormatError on NaN or infinity."""
-        rows = rows.detach().to(torch.float64)
-        if not bool(torch.isfinite(rows).all()):
-            raise FormatError("features hold NaN or infinity: run the base in float32")
-        count, width = rows.shape
-        if count < width:
-            self._total = self._total + Moments(width, count, rows.cpu(), None)
-        else:
-            self._total = self._total + Moments(width, count, None, linalg.gram(rows).cpu())
-
-    def result(self) -> Moments:
-        return self._total
 
 
 @dataclass(frozen=True, eq=False)

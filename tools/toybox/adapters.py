@@ -17,7 +17,6 @@ from pathlib import Path
 import torch
 from diffusers import StableDiffusionPipeline
 from diffusers.models.attention_processor import AttnProcessor
-from loraclr.conditioning import conditioned
 from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model
 from people import shots
 from safetensors.torch import save_file
@@ -25,6 +24,8 @@ from torch import Tensor, nn
 from torch.nn.functional import embedding, mse_loss
 from vae import pixels
 from world import Person, identities
+
+from loraclr.conditioning import conditioned
 
 
 @dataclass(frozen=True)

@@ -158,7 +158,9 @@ def look(pipe: StableDiffusionPipeline, file: Path) -> None:
     for wide, prompts in ((False, LOOK), (True, LOOK_WIDE)):
         generators = [torch.Generator().manual_seed(i) for i in range(len(prompts))]
         with torch.autocast("cpu", torch.bfloat16):
-            images = pipe(prompts, num_inference_steps=20, guidance_scale=3.5, height=64, width=128 if wide else 64, generator=generators).images
+            images = pipe(
+                prompts, num_inference_steps=20, guidance_scale=3.5, height=64, width=128 if wide else 64, generator=generators
+            ).images
         for i, image in enumerate(images):
             sheet.paste(image, (i * 128, 128) if wide else (i % 8 * 64, i // 8 * 64))
     sheet.save(file)

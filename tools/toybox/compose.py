@@ -14,7 +14,19 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageEnhance, ImageOps
 from world import (
-    CLOTHES, CLOTHES_COLOUR, EXPRESSION, FACIAL, GLASSES, HAIR, HAIR_COLOUR, OBJECTS, PLAIN, SCENES, SKIN, Person, Picture,
+    CLOTHES,
+    CLOTHES_COLOUR,
+    EXPRESSION,
+    FACIAL,
+    GLASSES,
+    HAIR,
+    HAIR_COLOUR,
+    OBJECTS,
+    PLAIN,
+    SCENES,
+    SKIN,
+    Person,
+    Picture,
 )  # fmt: skip
 
 SIDE = 64
@@ -106,7 +118,10 @@ def draw_scene(name: str, width: int, rng: random.Random) -> Image.Image:
         d.rectangle((0, h - 14, w, h), fill=(70, 70, 75))
     elif name == "snow":
         d.rectangle((0, horizon, w, h), fill=(245, 248, 252))
-        d.polygon([(rng.randint(-20, w // 2), horizon), (rng.randint(w // 2, w + 20), horizon), (rng.randint(w // 4, w), horizon - 40)], fill=(225, 232, 242))
+        d.polygon(
+            [(rng.randint(-20, w // 2), horizon), (rng.randint(w // 2, w + 20), horizon), (rng.randint(w // 4, w), horizon - 40)],
+            fill=(225, 232, 242),
+        )
         for _ in range(w // 4):
             x, y = rng.randint(0, w), rng.randint(0, h)
             d.ellipse((x, y, x + 4, y + 4), fill=(255, 255, 255))
@@ -174,7 +189,14 @@ def compose(picture: Picture, sprites: Sequence[np.ndarray]) -> np.ndarray:
     if side_thing:
         assert picture.thing
         size = rng.randint(22, 27)
-        _paste(canvas, objects()[picture.thing], size, rng.randint(0, 3) if on_left else SIDE - size - rng.randint(0, 3), SIDE - size - rng.randint(0, 3), False)
+        _paste(
+            canvas,
+            objects()[picture.thing],
+            size,
+            rng.randint(0, 3) if on_left else SIDE - size - rng.randint(0, 3),
+            SIDE - size - rng.randint(0, 3),
+            False,
+        )
     if picture.style == "monochrome":
         canvas = ImageOps.grayscale(canvas).convert("RGB")
     elif picture.style == "sepia":

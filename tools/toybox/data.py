@@ -7,6 +7,7 @@ captions are drawn anew from those each time a picture is used.
 from __future__ import annotations
 
 import argparse
+import functools
 import pickle
 import random
 from concurrent.futures import ProcessPoolExecutor
@@ -16,18 +17,15 @@ import numpy as np
 from compose import SIDE, compose, render, sprite_spec
 from world import Person, Picture, base_person, random_picture
 
-_SPRITES: np.ndarray
-_INDEX: dict[Person, int]
+
+@functools.cache
+def _pool(out: Path) -> tuple[np.ndarray, dict[Person, int]]:
+    return np.load(out / "sprites.npy", mmap_mode="r"), pickle.loads((out / "people.pkl").read_bytes())
 
 
-def _load(out: str) -> None:
-    global _SPRITES, _INDEX
-    _SPRITES = np.load(Path(out) / "sprites.npy", mmap_mode="r")
-    _INDEX = pickle.loads((Path(out) / "people.pkl").read_bytes())
-
-
-def _compose_part(pictures: list[Picture]) -> np.ndarray:
-    return np.stack([compose(picture, [_SPRITES[_INDEX[person]] for person in picture.people]) for picture in pictures])
+def _compose_part(out: Path, pictures: list[Picture]) -> np.ndarray:
+    sprites, index = _pool(out)
+    return np.stack([compose(picture, [sprites[index[person]] for person in picture.people]) for picture in pictures])
 
 
 def build(out: Path, *, single: int, wide: int, pool: int, seed: int) -> None:
@@ -41,9 +39,9 @@ def build(out: Path, *, single: int, wide: int, pool: int, seed: int) -> None:
         "single": [random_picture(rng, lambda: rng.choice(people)) for _ in range(single)],
         "wide": [random_picture(rng, lambda: rng.choice(people), wide=True) for _ in range(wide)],
     }
-    with ProcessPoolExecutor(2, initializer=_load, initargs=(str(out),)) as workers:
+    with ProcessPoolExecutor(2) as workers:
         for name, rows in pictures.items():
-            parts = workers.map(_compose_part, [rows[i : i + 500] for i in range(0, len(rows), 500)])
+            parts = workers.map(functools.partial(_compose_part, out), [rows[i : i + 500] for i in range(0, len(rows), 500)])
             array = np.empty((len(rows), SIDE, SIDE * (2 if name == "wide" else 1), 3), np.uint8)
             for i, part in enumerate(parts):
                 array[i * 500 : i * 500 + len(part)] = part

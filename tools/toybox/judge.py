@@ -17,12 +17,13 @@ import numpy as np
 import torch
 from compose import compose, render, sprite_spec
 from diffusers import AutoencoderKL
-from loraclr.toybox.judge import Judge
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from vae import pixels, reconstruct
 from world import CLOTHES_COLOUR, EXPRESSION, IDENTITY, OBJECTS, PLAIN, SCENES, Picture, held_out_keys, random_person, random_picture
+
+from loraclr.toybox.judge import Judge
 
 HEADS = {
     **{name: list(values) for name, values in IDENTITY.items()},
@@ -54,7 +55,7 @@ def held_out_pictures(count: int, seed: int) -> tuple[list[Picture], np.ndarray]
     rng = random.Random(seed)
     keys = frozenset(held_out_keys())
 
-    def someone():  # noqa: ANN202
+    def someone():
         while (person := random_person(rng)).key not in keys:
             pass
         return person

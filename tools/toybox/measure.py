@@ -15,13 +15,14 @@ from contextlib import nullcontext
 from pathlib import Path
 
 import torch
+from PIL import Image
+from world import PLAIN, SCENES, Person, Picture, base_person, caption, identities
+
 from loraclr.adapter import Adapter
 from loraclr.formats import load_adapter
 from loraclr.pipeline import Pipeline
 from loraclr.toybox.judge import Judge, agreement
 from loraclr.toybox.score import SCORE_TEMPLATES, Scores, interval, score
-from PIL import Image
-from world import PLAIN, SCENES, Person, Picture, base_person, caption, identities
 
 
 def pictures(pipeline: Pipeline, prompts: Sequence[str], *, seed: int = 0, size: tuple[int, int] | None = None) -> list[Image.Image]:
@@ -42,7 +43,8 @@ def base_agreement(pipeline: Pipeline, judge: Judge, count: int) -> dict[str, fl
         person = base_person(rng)
         background = ("scene", rng.choice(SCENES)) if rng.random() < 0.5 else ("plain", rng.choice(list(PLAIN)))
         prompts.append(caption(Picture((person,), None, background), rng, keep_probability=1.0))
-        told.append({**person.identity, "expression": person.expression, "clothes_colour": person.clothes_colour, "background": background[1]})
+        nuisance = {"expression": person.expression, "clothes_colour": person.clothes_colour, "background": background[1]}
+        told.append({**person.identity, **nuisance})
     read = judge.read(pictures(pipeline, prompts))
     out = {name: float(agreement(read, [{name: t[name]} for t in told], judge.heads).mean()) for name in told[0]}
     return {"all": sum(out.values()) / len(out), **out}

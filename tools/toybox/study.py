@@ -1,4 +1,4 @@
-"""Which merge settings keep identities? Sweeps on the *development* identities only: `python study.py BASE JUDGE LORAS OUT.json [NAME ...]`.
+"""Which merge settings keep identities? `python study.py BASE JUDGE LORAS OUT.json [NAME ...]`, on *development* identities only.
 
 Every row merges the twelve development adapters from their files with other settings, samples the scoring prompts (which share no
 template with the merge's) and prints identity, right person of 12 and prompt agreement. Finished rows are kept in OUT.json and skipped.
@@ -15,13 +15,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from measure import concept_scores, row
+from world import identities
+
 from loraclr.collect import Collection
 from loraclr.formats import load_adapter
 from loraclr.merge import merge
 from loraclr.pipeline import Pipeline
 from loraclr.toybox.judge import Judge
-from measure import concept_scores, row
-from world import identities
 
 Setting = tuple[str, Mapping[str, Any], Collection]
 DEFAULT = Collection()

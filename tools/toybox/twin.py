@@ -89,7 +89,8 @@ class Trainer:
                 group["lr"] = lr * min(1.0, (step + 1) / warmup) * fall
             value, numbers = loss(step)
             value.backward()
-            torch.cat([p.grad.reshape(-1) if p.grad is not None else p.new_zeros(p.numel()) for p in parameters], out=buffer[self.rank, :size])
+            flat = [p.grad.reshape(-1) if p.grad is not None else p.new_zeros(p.numel()) for p in parameters]
+            torch.cat(flat, out=buffer[self.rank, :size])
             barrier.wait()
             mean = buffer[: self.world, :size].mean(0)
             barrier.wait()
@@ -114,12 +115,12 @@ class Trainer:
             if time.monotonic() - saved > snapshot_every:
                 self._save(file, model, optimizer, ema, step, spent)
                 if snapshot and self.rank == 0:
-                    with averaged(parameters, ema):
+                    with Averaged(parameters, ema):
                         snapshot(model, step)
                 saved = time.monotonic()
         self._save(file, model, optimizer, ema, step, spent)
         if snapshot and self.rank == 0:
-            with averaged(parameters, ema):
+            with Averaged(parameters, ema):
                 snapshot(model, step)
         return {name: value for (name, _), value in zip(named, ema, strict=True)}
 
@@ -139,7 +140,7 @@ class Trainer:
             (self.folder / "step.txt").write_text(str(step))
 
 
-class averaged:
+class Averaged:
     """The model with its averaged parameters, for a while."""
 
     def __init__(self, parameters: list[nn.Parameter], ema: list[Tensor]) -> None:
@@ -157,7 +158,9 @@ class averaged:
                 p.copy_(k)
 
 
-def _child(rank: int, start: Callable[[Trainer], None], world: int, shared: dict[str, Any], folder: Path, seconds: float, seed: int) -> None:
+def _child(
+    rank: int, start: Callable[[Trainer], None], world: int, shared: dict[str, Any], folder: Path, seconds: float, seed: int
+) -> None:
     torch.manual_seed(seed * 1000 + rank)
     try:
         start(Trainer(rank, world, shared, folder, seconds))

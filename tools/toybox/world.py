@@ -154,10 +154,7 @@ def base_person(rng: random.Random) -> Person:
 
 def random_picture(rng: random.Random, someone: Callable[[], Person], wide: bool = False) -> Picture:
     kind = rng.random()
-    if wide:
-        people = (someone(), someone())
-    else:
-        people = () if kind < 0.12 else (someone(),)
+    people = (someone(), someone()) if wide else () if kind < 0.12 else (someone(),)
     thing = rng.choice(list(OBJECTS)) if not people or (not wide and kind < 0.30) else None
     background = ("scene", rng.choice(SCENES)) if rng.random() < 0.6 else ("plain", rng.choice(list(PLAIN)))
     style = rng.choice(list(STYLES)) if rng.random() < 0.12 else None
@@ -232,12 +229,14 @@ def caption(picture: Picture, rng: random.Random, *, keep_probability: float = 0
 
 def vocabulary() -> list[str]:
     """Every word a caption or a trigger can hold, each to be one token."""
-    text = " ".join(
-        [*PREFIXES, *STYLES.values(), *(w for ws in SCENE_WORDS.values() for w in ws), *PLAIN, *OBJECTS, *HAIR, *HAIR_COLOUR, *SKIN]
-        + [*GLASSES, *FACIAL, *EXPRESSION, *CLOTHES, *CLOTHES_COLOUR, *DECOYS, *TRIGGERS["woman"], *TRIGGERS["man"]]
-        + "a an the and with without skin hair wearing on in at next to left right background woman man person two people".split()
-        + "standing together near of photo picture portrait style cat chair vase monument statue tower sks".split()
+    phrases = [*PREFIXES, *STYLES.values(), *(phrase for phrases in SCENE_WORDS.values() for phrase in phrases)]
+    values = [PLAIN, OBJECTS, HAIR, HAIR_COLOUR, SKIN, GLASSES, FACIAL, EXPRESSION, CLOTHES, CLOTHES_COLOUR]
+    names = [*DECOYS, *TRIGGERS["woman"], *TRIGGERS["man"]]
+    rest = (
+        "a an the and with without skin hair wearing on in at next to left right background woman man person two people standing "
+        "together near of photo picture portrait style cat chair vase monument statue tower sks"
     )
+    text = " ".join([*phrases, *(word for words in values for word in words), *names, rest])
     return list(dict.fromkeys(text.split()))
 
 

@@ -82,9 +82,8 @@ class Studio:
 
     def scene(self, left: str, right: str, place: str, seed: int) -> Image:
         """Two people side by side, each bound to a half of the picture."""
-        nouns = [self.box.concepts[name].noun for name in (left, right)]
-        articles = ["a", "a"]
-        context = f"{articles[0]} {nouns[0]} on the left and {articles[1]} {nouns[1]} on the right {place}"
+        one, other = (self.box.concepts[name].noun for name in (left, right))
+        context = f"a {one} on the left and a {other} on the right {place}"
         regions = [
             Region(f"a {self.call(left)} {place}", (0.0, 0.0, 1.0, 0.5)),
             Region(f"a {self.call(right)} {place}", (0.0, 0.5, 1.0, 1.0)),
@@ -131,12 +130,9 @@ def run_demo(output: Path, *, split: str = "test", console: Console | None = Non
                 progress.update(task, description=f"{method}: {what}"[:34], completed=share)
 
             merges[method] = merge(
-                list(paths.values()), base=studio.pipeline, method=method, parameters=parameters, measure=True, seed=SEED, progress=show
+                list(paths.values()), base=studio.pipeline, method=method, parameters=parameters, seed=SEED, progress=show
             )
-            console.print(
-                f"{method:>8}: merged {len(paths)} adapters in {sum(merges[method].seconds.values()):.1f} s, "
-                f"held-out residual {merges[method].mean_residual():.2f}"
-            )
+            console.print(f"{method:>8}: merged {len(paths)} adapters in {sum(merges[method].seconds.values()):.1f} s")
         merged_file = merges["loraclr"].save(output / "merged.safetensors")
 
         phase("sampling: each adapter alone", count)
@@ -146,12 +142,11 @@ def run_demo(output: Path, *, split: str = "test", console: Console | None = Non
             phase(what, count)
             images[method] = studio.portraits(what, calls, dict.fromkeys(adapters, result.adapter))
         names = list(adapters)
-        controls = {
-            "base, trigger only": studio_control(studio, phase, "control: trigger only", plain, {}),
-            "wrong adapter": studio_control(
-                studio, phase, "control: wrong adapter", plain, {name: adapters[names[(k + 5) % len(names)]] for k, name in enumerate(names)}
-            ),
-        }
+        strangers = {name: adapters[names[(k + 5) % len(names)]] for k, name in enumerate(names)}
+        controls = {}
+        for label, others in (("base, trigger only", {}), ("wrong adapter", strangers)):
+            phase(f"control: {label}", count)
+            controls[label] = studio.portraits(f"control: {label}", plain, others)
 
         scenes: dict[str, list[Image]] = {}
         pairs = [(names[2 * k], names[2 * k + 1]) for k in range(len(PLACES))]
@@ -185,13 +180,7 @@ def run_demo(output: Path, *, split: str = "test", console: Console | None = Non
     console.print(f"\n{len(paths)} adapters, one file: {merged_file} ({merged_file.stat().st_size / 1e6:.1f} MB)")
     for label, scores in table.items():
         means = scores.means()
-        console.print(f"{label:>20}: identity {means['identity']:.2f}   right person of {len(names)} {means['named']:.2f}   prompt {means['told']:.2f}")
+        right = f"right person of {len(names)} {means['named']:.2f}"
+        console.print(f"{label:>20}: identity {means['identity']:.2f}   {right}   prompt {means['told']:.2f}")
     console.print(f"\nopen {page}   ({time.perf_counter() - began:.0f} s in all)")
     return page
-
-
-def studio_control(
-    studio: Studio, phase: Callable[[str, float], None], what: str, calls: Mapping[str, str], adapters: Mapping[str, Adapter | None]
-) -> list[Image]:
-    phase(what, len(calls) * len(TEMPLATES))
-    return studio.portraits(what, calls, adapters)

@@ -6,6 +6,7 @@ printed). It says what a picture shows, never who it should be.
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -25,7 +26,7 @@ class Judge(nn.Module):
         self.heads = {name: tuple(values) for name, values in heads.items()}
         channels = (3, width, 2 * width, 4 * width, 4 * width)
         blocks: list[nn.Module] = []
-        for a, b in zip(channels[:-1], channels[1:], strict=True):
+        for a, b in itertools.pairwise(channels):
             blocks += [nn.Conv2d(a, b, 3, padding=1, stride=2), nn.BatchNorm2d(b), nn.ReLU()]
             blocks += [nn.Conv2d(b, b, 3, padding=1), nn.BatchNorm2d(b), nn.ReLU()]
         self.body = nn.Sequential(*blocks)
