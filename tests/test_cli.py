@@ -150,6 +150,11 @@ def test_errors_of_the_system_are_shown_alike(call, monkeypatch, files, tmp_path
     assert "Permission denied" in error(call("merge", files[0], "--method", "sum", "--output", tmp_path / "out.safetensors"))
 
 
+def test_without_diffusers_the_remedy_is_named(call, monkeypatch, base, files, tmp_path):
+    monkeypatch.setitem(sys.modules, "diffusers.utils", None)
+    assert "pip install 'loraclr[diffusion]'" in error(call("merge", *files, "--base", base, "--output", tmp_path / "out.safetensors"))
+
+
 def test_control_c_is_130_and_leaves_nothing(call, monkeypatch, files, tmp_path):
     def interrupt(*_, **__):
         raise KeyboardInterrupt
@@ -272,9 +277,7 @@ def test_merge_without_a_base(call, files, tmp_path):
 
 def test_merge_with_a_base_shows_a_receipt_of_the_stages(call, model, base, tmp_path):
     paths = [
-        save_adapter(
-            concept(model, name, (*TEXT, *KEYS), rank=2, seed=seed, triggers=(f"{name} man",)), tmp_path / f"{name}.safetensors"
-        )
+        save_adapter(concept(model, name, (*TEXT, *KEYS), rank=2, seed=seed, triggers=(f"{name} man",)), tmp_path / f"{name}.safetensors")
         for seed, name in enumerate(("dee", "eli"))
     ]
     code, out, err = call(
@@ -364,6 +367,17 @@ def test_generate_draws_prompts_times_seeds(call, base, files, tmp_path):
     said = error(call("generate", *words, "--lora", files[1], "--output", folder))
     assert "01-a-ben-at-home-1.png" in said and "--force" in said
     assert (folder / names[0]).read_bytes() == kept
+
+
+def test_an_interrupted_picture_is_not_there(call, monkeypatch, base, tmp_path):
+    def half(picture, path):
+        Path(path).write_bytes(b"half a picture")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module("generate").Generated, "save", half)
+    folder = tmp_path / "out"
+    assert call("generate", "--base", base, "--prompt", "a dog", "--steps", 1, "--output", folder)[0] == 130
+    assert list(folder.iterdir()) == []
 
 
 def test_generate_regions_and_json(call, base, tmp_path):

@@ -43,6 +43,9 @@ class Concept:
         return self.adapter.name
 
 
+ALL_ROWS = 1 << 31
+
+
 @dataclass(frozen=True)
 class Collection:
     """Which prompts, how many denoising steps, how many latent seeds."""
@@ -54,11 +57,16 @@ class Collection:
     padded: bool = True  # text rows of the positions that samplers pad to 77, too
     sample: int = 64  # paired rows kept per concept and layer
     seed: int = 0  # of the latents, the same for every concept
+    spatial: int | None = None  # how many of the fit templates also run the UNet; None: all
 
     def __post_init__(self) -> None:
         wrong = [template for template in (*self.fit, *self.held_out) if template.count("{}") != 1]
         if wrong or not self.fit:
             raise UsageError(f"templates need exactly one {{}} for the concept's words, and at least one must be given; seen {wrong}")
+
+
+# What the released code collects (its prompts, no padding, one prompt through the UNet), every row kept as it is.
+PAPER = Collection(fit=("photo of a {}", "{}"), padded=False, sample=ALL_ROWS, spatial=1)
 
 
 class _Recorder:
@@ -109,7 +117,8 @@ def collect(
             own = {layer.name: layer for layer in concept.adapter if layer.name in set(names)}
             runs[concept.name] = {"fit": _Recorder(keep=_per_call(settings, stage)), "held_out": _Recorder()}
             with pipeline.applied(own, scale=concept.weight):
-                for kind, templates in (("fit", settings.fit), ("held_out", settings.held_out)):
+                fit = settings.fit[: settings.spatial] if stage == "spatial" else settings.fit
+                for kind, templates in (("fit", fit), ("held_out", settings.held_out)):
                     prompts = [template.format(concept.call) for template in templates]
                     _record(pipeline, stage, names, prompts, settings, runs[concept.name][kind])
             if progress:

@@ -19,7 +19,7 @@ import torch
 
 from loraclr import __version__
 from loraclr.adapter import Adapter, Layer, LoraLayer
-from loraclr.collect import Collection, Concept, collect
+from loraclr.collect import PAPER, Collection, Concept, collect
 from loraclr.errors import MergeError, UsageError
 from loraclr.formats import load_adapter, save_adapter
 from loraclr.formats.files import digest
@@ -138,7 +138,8 @@ def merge(
     `weights` scale each adapter's change, 1 by default. `calls` gives, by adapter name, the words that call it in a prompt;
     otherwise its learned tokens or its first trigger. `rank` is the most that the result may have per layer; without it a low-rank
     solution keeps its exact rank and a dense one gets the sum of the input ranks. `measure` collects statistics also for methods
-    that need none, to report residuals. `progress` is told a phase and its share done, 0..1. Raises MergeError, UsageError.
+    that need none, to report residuals. `collection` says what is collected; without it, methods that want all rows get the
+    released code's prompts. `progress` is told a phase and its share done, 0..1. Raises MergeError, UsageError.
     """
     started = time.perf_counter()
     solver = make_method(method, **(parameters or {})) if isinstance(method, str) else method
@@ -154,7 +155,7 @@ def merge(
     collecting = measure or bool({"statistics", "sample", "preserve"} & solver.needs)
     if base is None and (collecting or "base" in solver.needs):
         raise MergeError(f"{solver.name} needs the base model's features; pass the pipeline these adapters were trained on")
-    settings = dataclasses.replace(collection or Collection(), seed=seed)
+    settings = dataclasses.replace(collection or (PAPER if "rows" in solver.needs else Collection()), seed=seed)
     stages = [list(shapes)] if base is None else base.stages(list(shapes))
     if base is not None:
         _check_fit(shapes, base)

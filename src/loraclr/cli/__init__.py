@@ -54,6 +54,11 @@ def main(args: Sequence[str] | None = None) -> int:
         except (LoraclrError, OSError) as error:
             show.error(error)
             return 1
+        except ModuleNotFoundError as error:
+            if (error.name or "").partition(".")[0] not in ("accelerate", "diffusers", "transformers"):
+                raise
+            show.error(ModuleNotFoundError(f"{error.name} is not installed, and a base model needs it; pip install 'loraclr[diffusion]'"))
+            return 1
         except SystemExit as end:
             code = end.code if isinstance(end.code, int) else int(end.code is not None)
             if code == 130:

@@ -132,7 +132,7 @@ class LayerMethod(Protocol):
 
     @property
     def needs(self) -> frozenset[str]:
-        """Of "base", "statistics", "sample", "preserve", "generator": what these hyper-parameters ask of the problem."""
+        """Of "base", "statistics", "sample", "rows" (the sample is all rows), "preserve", "generator": what these parameters ask for."""
 
     def solve(self, problem: LayerProblem) -> LayerSolution: ...
 

@@ -46,7 +46,7 @@ class Judge(nn.Module):
 
     @staticmethod
     def load(path: str | Path) -> Judge:
-        with safe_open(str(path), "pt") as file:  # type: ignore[no-untyped-call]
+        with safe_open(str(path), "pt") as file:
             judge = Judge(json.loads(file.metadata()["heads"]))
             judge.load_state_dict({key: file.get_tensor(key).float() for key in file.keys()})  # noqa: SIM118
         return judge.eval()
