@@ -19,7 +19,7 @@ ORDER = (
     ("adapter",),
     ("statistics",),
     ("formats", "methods"),
-    ("conditioning",),
+    ("conditioning", "loading"),
     ("pipeline",),
     ("collect",),
     ("merge",),

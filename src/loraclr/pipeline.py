@@ -24,6 +24,7 @@ from torch.nn import functional
 from loraclr.adapter import Adapter, Layer
 from loraclr.conditioning import Region, RegionStates, Vocabulary, conditioned
 from loraclr.errors import PipelineError, UsageError
+from loraclr.loading import load_pipe, silenced
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -81,32 +82,7 @@ class Pipeline:
 
         Raises PipelineError if a local path does not exist or is no diffusers folder, if loading fails, or without diffusers.
         """
-        folder = Path(source).expanduser()
-        if folder.is_dir() and not (folder / "model_index.json").is_file():
-            raise PipelineError(f"{folder} has no model_index.json; give a folder written by a diffusers pipeline's save_pretrained")
-        if folder.is_file():
-            raise PipelineError(
-                f"{folder} is one file; convert it first: StableDiffusionPipeline.from_single_file(...).save_pretrained(folder)"
-            )
-        if not folder.exists() and _looks_local(source):
-            raise PipelineError(f"there is no folder {folder}; check the path, or give a hub id as owner/name")
-        try:
-            from diffusers import DiffusionPipeline
-        except ImportError as error:
-            raise PipelineError(
-                f"loading a base model needs diffusers and transformers ({error}); pip install 'loraclr[diffusion]'"
-            ) from error
-        with _silenced():
-            kind: Any = DiffusionPipeline
-            name = str(folder if folder.exists() else source)
-            try:
-                pipe = kind.from_pretrained(name, dtype=dtype, safety_checker=None, requires_safety_checker=False)
-            except Exception as error:  # the libraries raise a dozen unrelated kinds
-                seen = f"{type(error).__name__}: {error}"
-                raise PipelineError(
-                    f"{source} is no diffusers pipeline that loads ({seen}); check the name, the files and the network"
-                ) from error
-            pipe = pipe.to(device)
+        pipe = load_pipe(source, dtype=dtype).to(device)
         loaded = Pipeline(pipe)
         loaded.source = str(source)
         return loaded
@@ -416,7 +392,7 @@ class Pipeline:
         kind: Any = type(own) if name is None else next(kind for kind in own.compatibles if kind.__name__ == name)
         # diffusers drops what it once noted as a default, even if it was changed since (steps_offset of every older model).
         config = {key: value for key, value in own.config.items() if key != "_use_default_values"}
-        with _silenced():
+        with silenced():
             return kind.from_config(config)
 
     def _plain(self) -> None:
@@ -475,14 +451,6 @@ def _canonical(component: str, path: str) -> str:
     return f"{component}.{path.removeprefix('text_model.') if component.startswith('text_encoder') else path}"
 
 
-def _looks_local(source: str | Path) -> bool:
-    """Anything but a plain `owner/name` or `name`, or one whose first part is a folder here."""
-    text = str(source)
-    hub_id = re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?", text) is not None
-    file_like = text.endswith((".safetensors", ".ckpt", ".bin", ".pt"))
-    return isinstance(source, Path) or not hub_id or file_like or ("/" in text and Path(text).parent.is_dir())
-
-
 def _fits(shape: tuple[int, ...], weight: tuple[int, ...]) -> bool:
     """Equal, or a 1x1 convolution and a linear layer of the same numbers."""
     return shape == weight or (shape[:2] == weight[:2] and set(shape[2:]) | set(weight[2:]) == {1})
@@ -514,20 +482,3 @@ def _rows(module: nn.Module, inputs: Tensor) -> Tensor:
         patches = functional.unfold(inputs.float(), module.kernel_size, module.dilation, module.padding, module.stride)
         return patches.transpose(1, 2).flatten(0, 1)  # from (B, in, positions)
     return inputs.float().flatten(0, -2)
-
-
-@contextmanager
-def _silenced() -> Iterator[None]:
-    """diffusers and transformers print reports and bars about things this package knows to be harmless."""
-    from diffusers.utils import logging as diffusers_logging
-    from transformers.utils import logging as transformers_logging
-
-    with ExitStack() as restore, warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        for logging in (diffusers_logging, transformers_logging):
-            restore.callback(logging.set_verbosity, logging.get_verbosity())
-            logging.set_verbosity_error()
-            if logging.is_progress_bar_enabled():
-                logging.disable_progress_bar()
-                restore.callback(logging.enable_progress_bar)
-        yield
