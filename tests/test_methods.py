@@ -11,7 +11,7 @@ from loraclr.adapter import DenseLayer, LoraLayer
 from loraclr.errors import MergeError, NumericalError, UsageError
 from loraclr.methods import METHODS, LayerMethod, cross_talk, make_method, method_names, parameters, residuals
 from loraclr.methods.contrast import Contrast
-from loraclr.methods.loraclr import Loraclr
+from loraclr.methods.loraclr import LADDER, Loraclr
 from loraclr.methods.loraclr_reference import LoraclrReference
 from loraclr.methods.quadratic import Quadratic
 from loraclr.statistics import LayerStats, Moments
@@ -159,6 +159,34 @@ def test_rank_and_column_space():
     assert relative(b @ torch.linalg.pinv(b) @ solution.delta(), solution.delta()) < 1e-12
     wide = PLAIN.solve(make_problem(5, out=8, width=6, rank=2))  # 10 columns are more than any (8, 6) needs
     assert wide.up.shape == (8, 6) and wide.down.shape == (6, 6)
+
+
+@pytest.mark.parametrize("prior", ["zero", "mean"])
+def test_held_out_prompts_choose_the_ridge(prior):
+    """The chosen solution is the fixed one of some rung, and none of the others is nearer to the adapters on the held-out rows."""
+    problem = make_problem(3, rows=40, preserve=0)
+    settings = {"ridge": 1e-3, "preservation": 0.0, "margin": 0.0, "prior": prior}
+    chosen = make_method("loraclr", choose="held_out", **settings).solve(problem).delta()
+    rungs = [make_method("loraclr", **{**settings, "ridge": 1e-3 * factor}).solve(problem).delta() for factor in LADDER]
+
+    def error(delta):
+        found = residuals(problem, delta)
+        return sum(value**2 for key, value in found.items() if key.startswith("held_out/"))
+
+    errors = [error(delta) for delta in rungs]
+    assert torch.allclose(chosen, rungs[errors.index(min(errors))], atol=1e-10)
+    assert 0 < errors.index(min(errors))  # the features of this problem are too few for the smallest
+
+
+def test_held_out_choice_takes_the_smallest_ridge_where_the_fit_is_the_truth():
+    problem = make_problem(2, rows=40, preserve=0)
+    same = replace(problem, statistics=replace(problem.statistics, held_out=problem.statistics.fit))
+    settings = {"preservation": 0.0, "margin": 0.0}
+    chosen = make_method("loraclr", choose="held_out", **settings).solve(same)
+    assert torch.allclose(chosen.delta(), make_method("loraclr", **settings).solve(same).delta())
+    without = replace(problem, statistics=replace(problem.statistics, held_out={}))
+    with pytest.raises(MergeError, match=r"no held-out statistics to choose by; collect some held-out prompts, or set choose='fixed'"):
+        make_method("loraclr", choose="held_out", **settings).solve(without)
 
 
 def test_equal_grams_give_the_average_and_orthogonal_inputs_keep_everyone():

@@ -132,3 +132,37 @@ def test_interval_holds_the_mean_and_shrinks_with_more_values():
     narrow = interval(values.repeat(16))
     assert narrow[1] - narrow[0] < (high - low) / 2
     assert interval(values) == (low, high)
+
+
+def test_the_page_is_one_file_with_everything_in_it(box, tmp_path):
+    from loraclr.merge import merge
+    from loraclr.toybox.report import Report, write_report
+
+    names = box.names()[:2]
+    paths = [box.adapter_paths()[name] for name in names]
+    merges = {label: merge(paths, method="average") for label in ("loraclr", "average")}
+    pictures = [box.references(name)[k] for name in names for k in range(2)]
+    read = {"people": [name for name in names for _ in range(2)], "told": [{}] * 4}
+    candidates = {name: box.concepts[name].attributes for name in names}
+    scores = score(pictures, read["people"], read["told"], judge=box.judge, candidates=candidates)
+    page = write_report(
+        Report(
+            split="development",
+            names=names,
+            calls={name: f"<{name}>" for name in names},
+            files={name: path.name for name, path in zip(names, paths, strict=True)},
+            references={name: box.references(name) for name in names},
+            portraits={"single": pictures, "loraclr": pictures, "average": pictures},
+            templates=["a {}", "a {} & b"],
+            scenes={"loraclr": pictures[:1]},
+            scene_captions=["both"],
+            scores={"loraclr": scores},
+            merges=merges,
+            merged_file=merges["loraclr"].save(tmp_path / "merged.safetensors"),
+            seconds=1.0,
+        ),
+        tmp_path / "report.html",
+    ).read_text()
+    assert page.count("data:image/webp;base64,") == 2 + 2 * (2 + 3 * 2) + 1  # hero, references and three columns a row, one scene
+    assert "http" not in page and "$" not in page and "&lt;rhea&gt;" in page and "a {} &amp; b" in page
+    assert f"{float(scores.identity.mean()):.2f}" in page
