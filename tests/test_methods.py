@@ -175,7 +175,7 @@ def test_held_out_prompts_choose_the_ridge(prior):
 
     errors = [error(delta) for delta in rungs]
     assert torch.allclose(chosen, rungs[errors.index(min(errors))], atol=1e-10)
-    assert 0 < errors.index(min(errors))  # the features of this problem are too few for the smallest
+    assert errors.index(min(errors)) > 0  # the features of this problem are too few for the smallest
 
 
 def test_held_out_choice_takes_the_smallest_ridge_where_the_fit_is_the_truth():

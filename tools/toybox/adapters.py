@@ -37,9 +37,9 @@ class Kind:
     alpha: float = 8
     text_rank: int = 0  # 0: the text encoder is left alone
     text_alpha: float = 4
-    steps: int = 320
+    steps: int = 220
     batch: int = 8
-    lr: float = 1e-3  # at scale 1; divided by alpha / rank
+    lr: float = 1.2e-3  # at scale 1; divided by alpha / rank
     text_lr: float = 3e-4
     token_lr: float = 5e-3
 

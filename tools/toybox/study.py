@@ -31,20 +31,21 @@ DEFAULT = Collection()
 def settings() -> dict[str, Setting]:
     """Row name -> method, its parameters, what it collects."""
     rows: dict[str, Setting] = {"average": ("average", {}, DEFAULT)}
-    for scale in (0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.7):
+    for scale in (0.1, 0.15, 0.2, 0.3, 0.4, 0.6):
         rows[f"sum {scale}"] = ("sum", {"scale": scale}, DEFAULT)
-    for ridge in (1e-4, 1e-3, 1e-2, 1e-1):
-        for preservation in (0.0, 0.03, 0.1, 0.3, 1.0):
-            rows[f"loraclr ridge {ridge:g} preservation {preservation:g}"] = (
-                "loraclr", {"ridge": ridge, "preservation": preservation}, DEFAULT,
-            )  # fmt: skip
-    best = {"ridge": 1e-3, "preservation": 0.1}
-    rows["mean prior"] = ("loraclr", {**best, "prior": "mean"}, DEFAULT)
-    rows["mean prior, ridge 1e-2"] = ("loraclr", {"ridge": 1e-2, "preservation": 0.1, "prior": "mean"}, DEFAULT)
-    rows["unpadded text"] = ("loraclr", best, replace(DEFAULT, padded=False))
-    rows["5 timesteps"] = ("loraclr", best, replace(DEFAULT, steps=5))
-    rows["10 timesteps"] = ("loraclr", best, replace(DEFAULT, steps=10))
-    rows["2 prompts"] = ("loraclr", best, replace(DEFAULT, fit=DEFAULT.fit[:2]))
+    for preservation in (0.0, 0.1, 0.3, 1.0):
+        held_out = {"choose": "held_out", "preservation": preservation}
+        rows[f"held-out ridge, preservation {preservation:g}"] = ("loraclr", held_out, DEFAULT)
+        for ridge in (1e-3, 1e-2, 1e-1):
+            fixed = {"choose": "fixed", "ridge": ridge, "preservation": preservation}
+            rows[f"ridge {ridge:g}, preservation {preservation:g}"] = ("loraclr", fixed, DEFAULT)
+    best = {"choose": "held_out"}
+    rows["held-out, mean prior"] = ("loraclr", {**best, "prior": "mean"}, DEFAULT)
+    rows["held-out, unpadded text"] = ("loraclr", best, replace(DEFAULT, padded=False))
+    rows["held-out, 5 timesteps"] = ("loraclr", best, replace(DEFAULT, steps=5))
+    rows["held-out, 10 timesteps"] = ("loraclr", best, replace(DEFAULT, steps=10))
+    rows["held-out, 2 prompts"] = ("loraclr", best, replace(DEFAULT, fit=DEFAULT.fit[:2]))
+    rows["exact"] = ("loraclr:exact", {}, DEFAULT)
     return rows
 
 
