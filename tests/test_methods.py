@@ -58,7 +58,7 @@ def test_every_method_describes_itself():
     for name, method in METHODS.items():
         made = make_method(name)
         assert isinstance(made, LayerMethod) and made.name == name and made.summary and made.reference
-        assert made.needs <= {"base", "statistics", "sample", "preserve", "generator"}
+        assert made.needs <= {"base", "statistics", "sample", "rows", "preserve", "generator"}
         for row in parameters(method):
             assert row.help and getattr(made, row.name) == row.default
     assert "loraclr:exact" in method_names() and "average" in method_names()

@@ -63,21 +63,30 @@ class Collection:
         wrong = [template for template in (*self.fit, *self.held_out) if template.count("{}") != 1]
         if wrong or not self.fit:
             raise UsageError(f"templates need exactly one {{}} for the concept's words, and at least one must be given; seen {wrong}")
+        if self.steps < 1 or self.sample < 0 or self.seed < 0 or (self.spatial is not None and self.spatial < 1):
+            raise UsageError(
+                f"steps {self.steps}, sample {self.sample}, seed {self.seed}, spatial {self.spatial}: steps and spatial are at least 1, "
+                "sample and seed at least 0"
+            )
 
 
-# What the released code collects (its prompts, no padding, one prompt through the UNet), every row kept as it is.
+# The released code's prompts: no padding, one of them through the UNet, every row kept as it is. It differs in one thing: for keys and
+# values the released code drops the begin mark and ordinary words, here all tokens count.
 PAPER = Collection(fit=("photo of a {}", "{}"), padded=False, sample=ALL_ROWS, spatial=1)
+LATENTS = {"fit": 0, "held_out": 1000, "preserve": 2000}  # added to the seed: what judges must not start from what was learned from
 
 
 class _Recorder:
     """Sums the moments of one run's rows, and keeps a few rows, chosen alike for every concept.
 
-    `keep` rows of each call, from the end, where texts of different length agree. Layers that are handed the very same rows, such
-    as the queries, keys and values of one attention, share the work.
+    `keep` rows of each call: spread over it where calls of all concepts are equally long, else (`ends`) the last of each of its texts,
+    where texts of different length agree. Layers that are handed the very same rows, such as the queries, keys and values of one
+    attention, share the work.
     """
 
-    def __init__(self, keep: int = 0) -> None:
-        self.keep = keep
+    def __init__(self, keep: int = 0, *, ends: bool = False) -> None:
+        self.keep, self.ends = keep, ends
+        self.texts = 1  # in each call
         self.moments: dict[str, Moments] = {}
         self.kept: dict[str, list[Tensor]] = {}
         self._last: tuple[Tensor, Moments] | None = None
@@ -87,9 +96,16 @@ class _Recorder:
             self._last = (rows, Moments.of(rows))
         seen = self._last[1]
         self.moments[name] = self.moments[name] + seen if name in self.moments else seen
-        if self.keep:
+        if not self.keep:
+            return
+        kept = self.kept.setdefault(name, [])
+        if self.ends:
+            parts = [text.flip(0)[: -(-self.keep // self.texts)] for text in rows.chunk(self.texts)]
+        else:
             stride = max(1, len(rows) // self.keep)
-            self.kept.setdefault(name, []).append(rows.flip(0)[::stride][: self.keep].to(torch.float32).clone())
+            start = len(kept) * 7919 % stride  # other places at each call
+            parts = [rows[start::stride][: self.keep]]
+        kept += [part.to("cpu", torch.float32).clone() for part in parts]
 
 
 def collect(
@@ -108,22 +124,25 @@ def collect(
     settings = settings or Collection()
     stage = _stage_of(pipeline, names)
     tokens = {token: rows for concept in concepts for token, rows in concept.adapter.tokens.items()}
+    layered = any(len(rows) > 1 for rows in tokens.values())  # then every text counts once per layer, whoever brings the tokens
     runs: dict[str, dict[str, _Recorder]] = {}
     preserve = _Recorder()
+    keep, ends = _per_call(settings, stage), stage != "spatial" and not settings.padded
     with ExitStack() as stack, torch.inference_mode():
         stack.enter_context(pipeline.applied(dict(merged or {})))
         stack.enter_context(pipeline.with_tokens(tokens))
         for concept in concepts:
             own = {layer.name: layer for layer in concept.adapter if layer.name in set(names)}
-            runs[concept.name] = {"fit": _Recorder(keep=_per_call(settings, stage)), "held_out": _Recorder()}
+            runs[concept.name] = {"fit": _Recorder(keep, ends=ends), "held_out": _Recorder()}
             with pipeline.applied(own, scale=concept.weight):
                 fit = settings.fit[: settings.spatial] if stage == "spatial" else settings.fit
                 for kind, templates in (("fit", fit), ("held_out", settings.held_out)):
-                    prompts = [template.format(concept.call) for template in templates]
-                    _record(pipeline, stage, names, prompts, settings, runs[concept.name][kind])
+                    prompts = [template.replace("{}", concept.call) for template in templates]
+                    recorder = runs[concept.name][kind]
+                    _record(pipeline, stage, names, prompts, settings, recorder, latents=LATENTS[kind], layered=layered)
             if progress:
                 progress(concept.name)
-        _record(pipeline, stage, names, list(settings.preserve), settings, preserve)
+        _record(pipeline, stage, names, list(settings.preserve), settings, preserve, latents=LATENTS["preserve"], layered=layered)
         if progress:
             progress("preservation")
     return {
@@ -148,17 +167,28 @@ def _stage_of(pipeline: Pipeline, names: Sequence[str]) -> str:
 
 
 def _per_call(settings: Collection, stage: str) -> int:
-    calls = len(settings.fit) * (settings.steps if stage == "spatial" else 1)
-    return max(1, -(-settings.sample // calls)) if settings.sample else 0
+    calls = settings.steps if stage == "spatial" else len(settings.fit)  # the UNet takes all prompts at once
+    return -(-settings.sample // calls)
 
 
-def _record(pipeline: Pipeline, stage: str, names: Sequence[str], prompts: list[str], settings: Collection, recorder: _Recorder) -> None:
+def _record(
+    pipeline: Pipeline,
+    stage: str,
+    names: Sequence[str],
+    prompts: list[str],
+    settings: Collection,
+    recorder: _Recorder,
+    *,
+    latents: int,
+    layered: bool,
+) -> None:
     if not prompts:
         return
     if stage == "text":
+        recorder.texts = len(pipeline.cross_attention_layers) if layered else 1
         with pipeline.captured(names, recorder.add):
             for prompt in prompts:
-                pipeline.encode([prompt], pad=settings.padded)
+                pipeline.encode([prompt], pad=settings.padded, layered=layered)
     elif stage == "keys":
         for prompt in prompts:
             states = pipeline.encode([prompt], pad=settings.padded)[0]  # (tokens, dim) or (layers, tokens, dim)
@@ -168,14 +198,14 @@ def _record(pipeline: Pipeline, stage: str, names: Sequence[str], prompts: list[
                 assert index is not None  # or the layer would be of another stage
                 recorder.add(name, by_layer[index])
     else:
-        seeds = [settings.seed + index for index in range(len(prompts))]
+        seeds = [settings.seed + latents + index for index in range(len(prompts))]
         with pipeline.captured(names, recorder.add):
             pipeline.denoise(pipeline.encode(prompts), seeds=seeds, steps=settings.steps)
 
 
 def _paired(kept: Mapping[str, list[Tensor]], limit: int) -> dict[str, Tensor]:
-    """The same number of rows of each call for every concept, aligned at the end; at most `limit` rows."""
+    """The same number of rows of each part for every concept; at most `limit` rows."""
     if not limit or not all(kept.values()):
         return {}
-    counts = [min(len(rows) for rows in call) for call in zip(*kept.values(), strict=True)]
-    return {name: torch.cat([rows[:count] for rows, count in zip(calls, counts, strict=True)])[:limit] for name, calls in kept.items()}
+    counts = [min(len(rows) for rows in part) for part in zip(*kept.values(), strict=True)]
+    return {name: torch.cat([rows[:count] for rows, count in zip(parts, counts, strict=True)])[:limit] for name, parts in kept.items()}

@@ -19,7 +19,7 @@ import torch
 
 from loraclr import __version__
 from loraclr.adapter import Adapter, Layer, LoraLayer
-from loraclr.collect import PAPER, Collection, Concept, collect
+from loraclr.collect import ALL_ROWS, PAPER, Collection, Concept, collect
 from loraclr.errors import MergeError, UsageError
 from loraclr.formats import load_adapter, save_adapter
 from loraclr.formats.files import digest
@@ -58,6 +58,8 @@ class MergeResult:
     adapter: Adapter
     method: str
     parameters: Mapping[str, Any]
+    rank: int | None  # the most that was asked for
+    base: str | None
     inputs: tuple[Mapping[str, Any], ...]  # name, file, sha256, weight, call
     layers: tuple[LayerReceipt, ...]
     versions: Mapping[str, str]
@@ -80,6 +82,8 @@ class MergeResult:
         whole = {
             "method": self.method,
             "parameters": dict(self.parameters),
+            "rank": self.rank,
+            "base": self.base,
             "seed": self.seed,
             "inputs": [dict(entry) for entry in self.inputs],
             "triggers": list(self.adapter.triggers),
@@ -97,6 +101,7 @@ class MergeResult:
         compact = {
             "method": self.method,
             "parameters": dict(self.parameters),
+            "rank": self.rank,
             "seed": self.seed,
             "inputs": [{key: entry[key] for key in ("name", "sha256", "weight", "call")} for entry in self.inputs],
             "residual": {kind: _rounded(self.mean_residual(kind)) for kind in ("fit", "held_out")},
@@ -110,11 +115,16 @@ class MergeResult:
 
     def save(self, path: str | Path, *, format: str = "kohya", dtype: torch.dtype = torch.float16) -> Path:
         """The adapter's file with the compact receipt in its header, and the whole receipt in PATH.json beside it."""
-        written = save_adapter(self.adapter, path, format=format, dtype=dtype, metadata=self.header())
-        receipt = written.with_name(f"{written.name}.json")
-        part = receipt.with_name(f".{receipt.name}.part")
-        part.write_text(json.dumps(self.receipt(), indent=1, sort_keys=True, allow_nan=False) + "\n")
-        os.replace(part, receipt)
+        target = Path(path)
+        part = target.with_name(f".{target.name}.json.part")
+        try:
+            part.write_text(json.dumps(self.receipt(), indent=1, sort_keys=True, allow_nan=False) + "\n")
+            written = save_adapter(self.adapter, target, format=format, dtype=dtype, metadata=self.header())
+            os.replace(part, written.with_name(f"{written.name}.json"))
+        except OSError as error:
+            raise MergeError(f"{target}: the merge cannot be written ({error}); check the folder and the space left") from error
+        finally:
+            part.unlink(missing_ok=True)
         return written
 
 
@@ -127,7 +137,7 @@ def merge(
     weights: Sequence[float] | None = None,
     calls: Mapping[str, str] | None = None,
     rank: int | None = None,
-    seed: int = 0,
+    seed: int | None = None,
     collection: Collection | None = None,
     measure: bool = False,
     name: str = "merged",
@@ -152,10 +162,19 @@ def merge(
     shapes = _shapes(concepts)
     if rank is not None and rank < 1:
         raise UsageError(f"rank {rank}: give at least 1")
+    if rank is not None and "rank" in _fields(solver) and _fields(solver)["rank"] is None:
+        solver = dataclasses.replace(solver, rank=rank)  # type: ignore[type-var]  # it cuts by itself: once is enough
     collecting = measure or bool({"statistics", "sample", "preserve"} & solver.needs)
     if base is None and (collecting or "base" in solver.needs):
         raise MergeError(f"{solver.name} needs the base model's features; pass the pipeline these adapters were trained on")
-    settings = dataclasses.replace(collection or (PAPER if "rows" in solver.needs else Collection()), seed=seed)
+    settings = collection or (PAPER if "rows" in solver.needs else Collection())
+    seed = settings.seed if seed is None else seed
+    settings = dataclasses.replace(
+        settings,
+        seed=seed,
+        sample=ALL_ROWS if "rows" in solver.needs else settings.sample,
+        preserve=settings.preserve if "preserve" in solver.needs else (),
+    )
     stages = [list(shapes)] if base is None else base.stages(list(shapes))
     if base is not None:
         _check_fit(shapes, base)
@@ -183,7 +202,7 @@ def merge(
                 tuple(concept.name for concept in concepts),
                 tuple(concept.adapter.layers.get(layer) for concept in concepts),
                 tuple(concept.weight for concept in concepts),
-                base.base_weight(layer).flatten(1) if base is not None else None,
+                base.base_weight(layer).flatten(1).cpu() if base is not None else None,
                 statistics.get(layer),
                 torch.Generator().manual_seed(_seed_of(layer, seed)),
             )
@@ -197,11 +216,13 @@ def merge(
             merged,
             name=name,
             tokens={token: rows for concept in concepts for token, rows in concept.adapter.tokens.items()},
-            triggers=tuple(dict.fromkeys(concept.call for concept in concepts if concept.call)),
+            triggers=tuple(dict.fromkeys(words for concept in concepts for words in (concept.call, *concept.adapter.triggers) if words)),
             family=next((concept.adapter.family for concept in concepts if concept.adapter.family), None),
         ),
         solver.name,
-        {**_fields(solver), **({"rank": rank} if rank else {})},
+        _fields(solver),
+        rank,
+        None if base is None else base.source,
         tuple(
             {
                 "name": concept.name,
@@ -251,8 +272,8 @@ def _concepts(adapters: Sequence[Adapter], weights: Sequence[float] | None, call
         concepts.append(Concept(adapter, call, 1.0 if weights is None else weights[index]))
     if problems:
         raise MergeError("; ".join(problems))
-    for call in sorted({concept.call for concept in concepts if concept.call}):
-        same = [concept.name for concept in concepts if concept.call == call]
+    for call in sorted({concept.call.casefold() for concept in concepts if concept.call}):
+        same = [concept.name for concept in concepts if concept.call.casefold() == call]
         if len(same) > 1:
             warnings.warn(
                 f"{', '.join(same)} are called by the same words {call!r}: no merge can tell them apart; give each its own trigger",

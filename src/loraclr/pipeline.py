@@ -212,8 +212,10 @@ class Pipeline:
         """Text tokens of a prompt with its begin and end marks, however long."""
         return len(self._pipe.tokenizer(prompt, verbose=False).input_ids)
 
-    def encode(self, prompts: Sequence[str], *, pad: bool = True) -> Tensor:
+    def encode(self, prompts: Sequence[str], *, pad: bool = True, layered: bool = False) -> Tensor:
         """(B, T, dim) states, or (B, L, T, dim) when some prompt holds a layer-wise token (the others are repeated along L).
+
+        `layered` runs every prompt through the text encoder L times, also one without such a token.
 
         `pad` fills up to the text encoder's length, as sampling needs; without it all prompts must have equally many tokens,
         else UsageError. A longer prompt is cut with a PromptTruncationWarning.
@@ -232,6 +234,8 @@ class Pipeline:
         layers = len(self.cross_attention_layers)
         vocabulary = Vocabulary(tokenizer, encoder.get_input_embeddings(), self._layer_rows)
         bound = [vocabulary.bind(ids, layers=layers) for ids in text.input_ids]
+        if layered:
+            bound = [ids.expand(layers, -1) for ids in bound]
         with torch.inference_mode():
             mask = None
             if getattr(encoder.config, "use_attention_mask", False):

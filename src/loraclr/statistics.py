@@ -123,7 +123,7 @@ def save_statistics(statistics: Mapping[str, LayerStats], path: str | Path) -> N
     def put(key: str, moments: Moments) -> None:
         tensors[f"{key}/{'rows' if moments.rows is not None else 'gram'}"] = (
             moments.rows if moments.rows is not None else moments.gram()
-        ).contiguous()
+        ).clone()  # layers may share one tensor, which safetensors refuses
         counts[key] = str(moments.count)
 
     for name, stats in statistics.items():

@@ -200,9 +200,20 @@ def _write_file(data: bytes, path: Path) -> None:
         raise
 
 
+def _holds_only_peft(folder: Path) -> bool:
+    """Nothing but what this writer makes: replacing it loses nothing else."""
+    known = {CONFIG, WEIGHTS, "README.md"}
+    return all(
+        entry.name in known
+        if entry.is_file()
+        else entry.name in ("unet", "text_encoder") and {inner.name for inner in entry.iterdir()} <= known
+        for entry in folder.iterdir()
+    )
+
+
 def _write_folder(content: Content, path: Path) -> None:
-    if path.exists() and not (path.is_dir() and (members(path) or not any(path.iterdir()))):
-        raise FormatError("exists and is no PEFT folder; choose another name")
+    if path.exists() and not (path.is_dir() and _holds_only_peft(path)):
+        raise FormatError("exists and holds more than one PEFT adapter; choose another name, nothing of it is replaced")
     temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
     try:
         shared = {key: value for key, value in content.metadata.items() if not key.endswith(CONFIG)}
@@ -217,8 +228,13 @@ def _write_folder(content: Content, path: Path) -> None:
         if path.exists():
             old = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
             os.replace(path, old / "old")
-            os.replace(temporary, path)
-            shutil.rmtree(old)
+            try:
+                os.replace(temporary, path)
+            except BaseException:
+                os.replace(old / "old", path)
+                raise
+            finally:
+                shutil.rmtree(old, ignore_errors=True)
         else:
             os.replace(temporary, path)
     except BaseException:

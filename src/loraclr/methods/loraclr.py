@@ -94,7 +94,7 @@ class Loraclr(Checked):
                 certificate = f"none: the hinge is active; L-BFGS in the adapters' span stopped with {left:.1e} of the gradient left"
                 value = quadratic.value_and_gradient(v)[0] / number
                 hinge, _, found = contrast.value_and_gradient(quadratic.up, v)
-            notes |= {"hinge": hinge, "hinge_active": len(contrast.active(found)), "closest_negative": float(found.min())}
+            notes |= {"hinge": hinge, "hinge_active": len(contrast.active(found)) if status == "refined" else 0, "closest_negative": float(found.min())}
         size, largest = float(v.norm()), max(_norm(up, down) for up, down in problem.factors)
         notes |= {"objective": value + hinge + self.penalty * size, "growth": size / largest if largest > 0 else 0.0}
         notes["certificate"] = f"{certificate}; J({self._objective(quadratic)})"
@@ -129,6 +129,9 @@ class Loraclr(Checked):
             if (rows >= collected or self.margin_mode == "absolute") and bool((bound >= contrast.margins).all()):
                 closest = f"closest negative {'=' if rows >= collected else '>='} {float(bound.min()):.4g}"
                 return f"global optimum of J on all collected rows: {closest}", bound, contrast
+        if self.margin_mode == "absolute" and rows < collected:
+            closest = f"closest negative >= {float(bound.min()):.4g} on {rows} of {collected} rows"
+            return f"undecided: {closest} does not reach the margin, and the hinge is left out", bound, contrast
         if contrast.active(found):
             return "", found, contrast
         return f"global optimum of J on all collected rows, with the hinge on {rows} paired ones", found, contrast
