@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from concepts import KEYS, SMALL, SPATIAL, TEXT, concept, fingerprint, three
@@ -9,7 +11,7 @@ from torch import Tensor
 
 from loraclr import linalg
 from loraclr.adapter import Adapter
-from loraclr.collect import Collection, Concept, collect
+from loraclr.collect import PAPER, Collection, Concept, collect
 from loraclr.errors import PipelineError, UsageError
 from loraclr.pipeline import Pipeline
 
@@ -71,23 +73,26 @@ def assert_moments(moments, rows, tolerance=1e-5):
 
 def test_text_features_are_those_of_transformers_with_the_concept_fused(tiny_pipe, pipeline, concepts):
     found = collect(pipeline, concepts, TEXT, settings=SMALL)
-    ada = concepts[0]
+    ada, layers = concepts[0], len(pipeline.cross_attention_layers)  # one of the three has layer-wise tokens: all count per layer
     pipe = fused(tiny_pipe, *(ada.adapter.layers[name] for name in TEXT))
     for name in TEXT:
         assert found[name].layer == name and found[name].concepts == ("ada", "ben", "cai")
         rows = hooked(pipe, name, lambda: states(pipe, prompts(SMALL.fit, ada.call)))
-        assert_moments(found[name].fit["ada"], rows)
+        assert_moments(found[name].fit["ada"], rows.repeat(layers, 1))
         rows = hooked(pipe, name, lambda: states(pipe, prompts(SMALL.held_out, ada.call)))
-        assert_moments(found[name].held_out["ada"], rows)
+        assert_moments(found[name].held_out["ada"], rows.repeat(layers, 1))
         plain = tiny_pipe()
         rows = hooked(plain, name, lambda: states(plain, SMALL.preserve))  # noqa: B023
-        assert_moments(found[name].preserve, rows)
+        assert_moments(found[name].preserve, rows.repeat(layers, 1))
 
 
 def test_a_concept_without_text_layers_saw_the_base(tiny_pipe, pipeline, concepts):
     found = collect(pipeline, concepts, TEXT, settings=SMALL)
     pipe = tiny_pipe()
-    assert_moments(found[TEXT[1]].fit["cai"], hooked(pipe, TEXT[1], lambda: states(pipe, prompts(SMALL.fit, "cai man"))))
+    rows = hooked(pipe, TEXT[1], lambda: states(pipe, prompts(SMALL.fit, "cai man")))
+    assert_moments(found[TEXT[1]].fit["cai"], rows.repeat(len(pipeline.cross_attention_layers), 1))
+    alone = collect(pipeline, concepts[2:], TEXT, settings=SMALL)
+    assert_moments(alone[TEXT[1]].fit["cai"], rows)
 
 
 def test_keys_see_the_states_of_the_merged_text_encoder_not_of_the_concept(tiny_pipe, pipeline, concepts):
@@ -154,7 +159,7 @@ def test_two_runs_sum_to_the_run_of_both_prompts(pipeline, concepts):
     whole = collect(pipeline, concepts, TEXT, settings=Collection((first, second), (), ()))
     for name in TEXT:
         summed = parts[0][name] + parts[1][name]
-        assert summed.fit["ada"].count == whole[name].fit["ada"].count == 2 * LENGTH
+        assert summed.fit["ada"].count == whole[name].fit["ada"].count == 2 * LENGTH * len(pipeline.cross_attention_layers)
         assert torch.allclose(summed.fit["ada"].gram(), whole[name].fit["ada"].gram(), rtol=1e-12)
 
 
@@ -166,7 +171,8 @@ def test_the_sample_is_paired(pipeline):
         found = collect(pipeline, twins, names, settings=SMALL)
         for name in names:
             sample = found[name].sample
-            assert set(sample) == {"one", "two"} and 0 < len(sample["one"]) <= SMALL.sample
+            assert set(sample) == {"one", "two"} and len(sample["one"]) == SMALL.sample
+            assert len(sample["one"].unique(dim=0)) > SMALL.sample // 2  # not one place again and again
             assert torch.equal(sample["one"], sample["two"])
     states = pipeline.encode(prompts(SMALL.fit, "same words")).flatten(0, 1)
     sample = collect(pipeline, twins, KEYS, settings=SMALL)[KEYS[0]].sample["one"]
@@ -182,9 +188,25 @@ def test_the_sample_can_be_left_out(pipeline, concepts):
 def test_unpadded_prompts_have_their_own_tokens_only(pipeline, concepts):
     settings = Collection(SMALL.fit, (), (), padded=False)
     found = collect(pipeline, concepts, TEXT, settings=settings)
-    assert found[TEXT[0]].fit["ada"].count == sum(pipeline.token_count(prompt) for prompt in prompts(SMALL.fit, "ada woman"))
+    layers = len(pipeline.cross_attention_layers)
+    assert found[TEXT[0]].fit["ada"].count == layers * sum(pipeline.token_count(prompt) for prompt in prompts(SMALL.fit, "ada woman"))
     counts = {len(rows) for rows in found[TEXT[0]].sample.values()}
-    assert len(counts) <= 1, "texts of different length still pair"
+    assert len(counts) == 1, "texts of different length still pair"
+
+
+def test_all_rows_of_unpadded_texts_pair_variant_by_variant(pipeline, concepts):
+    """What the reference method learns from: as many rows as the shortest concept has, aligned at every text's end."""
+    found = collect(pipeline, concepts, TEXT, settings=dataclasses.replace(PAPER, held_out=(), preserve=()))
+    calls = [concept.call for concept in concepts]
+    shortest = sum(min(pipeline.token_count(template.format(call)) for call in ("ada woman", "cai man")) for template in PAPER.fit)
+    of_ben = sum(len(pipeline_tokens(pipeline, concepts[1], template.format(calls[1]))) for template in PAPER.fit)
+    layers = len(pipeline.cross_attention_layers)
+    assert {len(rows) for rows in found[TEXT[0]].sample.values()} == {layers * min(shortest, of_ben)}
+
+
+def pipeline_tokens(pipeline, concept, prompt):
+    with pipeline.with_tokens(concept.adapter.tokens):
+        return range(pipeline.token_count(prompt))
 
 
 def test_progress_names_every_concept_and_the_rest(pipeline, concepts):
@@ -218,5 +240,8 @@ def test_mistakes(pipeline, concepts):
         Collection(held_out=("a {} and a {}",))
     with pytest.raises(UsageError, match="at least one"):
         Collection(fit=())
+    for wrong in ({"steps": 0}, {"spatial": 0}, {"sample": -1}, {"seed": -1}):
+        with pytest.raises(UsageError, match="at least"):
+            Collection(**wrong)
     foreign = Concept(Adapter.of([concepts[0].adapter.layers[TEXT[0]]], name="x"), "x")
     assert collect(pipeline, [foreign], TEXT[:1], settings=SMALL)[TEXT[0]].concepts == ("x",)

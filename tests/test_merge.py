@@ -59,7 +59,7 @@ def test_every_method_makes_one_adapter_of_three(shared, adapters, method):
     assert all(result.adapter.layers[name].shape == tuple(shared.base_weight(name).shape) for name in UNION)
     assert all(torch.isfinite(layer.delta()).all() for layer in result.adapter)
     assert list(result.adapter.tokens) == ["<ben>"] and result.adapter.family == "toy"
-    assert result.adapter.triggers == ("ada woman", "<ben>", "cai man")
+    assert result.adapter.triggers == ("ada woman", "<ben>", "ben man", "cai man")
     knowing = bool(make_method(method).needs)
     assert result.method == method.partition(":")[0]
     assert math.isfinite(result.mean_residual("fit")) == math.isfinite(result.mean_residual("held_out")) == knowing
@@ -147,7 +147,7 @@ def test_rank_is_a_limit_and_says_what_it_cost(shared, adapters):
     full, cut = (run(adapters, shared, rank=rank) for rank in (None, 2))
     assert max(layer.rank for layer in cut.layers) == 2 < max(layer.rank for layer in full.layers)
     assert all(layer.lost == 0 for layer in full.layers) and 0 < max(layer.lost for layer in cut.layers) < 1
-    assert cut.parameters["rank"] == 2 and "rank" not in full.parameters
+    assert cut.rank == 2 and full.rank is None
     plain = merge(adapters, method="sum", rank=1)
     for name in KEYS:
         exact = sum(adapter.layers[name].delta(torch.float64) for adapter in adapters)
@@ -193,10 +193,11 @@ def test_the_file_says_how_it_was_made(shared, adapters, tmp_path):
     with safe_open(path, "pt") as file:
         header = file.metadata()
     receipt = strict_json(header["loraclr.receipt"])
+    assert result.receipt()["base"] == shared.source
     assert receipt["method"] == "loraclr" and receipt["parameters"]["ridge"] == 0.01 and receipt["seed"] == 4
     assert [entry["sha256"] for entry in receipt["inputs"]] == [describe(file).sha256 for file in files]
     assert [entry["weight"] for entry in receipt["inputs"]] == [1, 0.5, 1]
-    assert header["modelspec.trigger_phrase"] == "ada woman, <ben>, cai man"
+    assert header["modelspec.trigger_phrase"] == "ada woman, <ben>, ben man, cai man"
     assert str(tmp_path) not in header["loraclr.receipt"]
     whole = strict_json(path.with_name("merged.safetensors.json").read_text())
     assert whole == strict_json(json.dumps(result.receipt()))

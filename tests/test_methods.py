@@ -179,7 +179,7 @@ def test_held_out_prompts_choose_the_ridge(prior):
 
 
 def test_held_out_choice_takes_the_smallest_ridge_where_the_fit_is_the_truth():
-    problem = make_problem(2, rows=40, preserve=0)
+    problem = make_problem(1, rows=40, preserve=0)
     same = replace(problem, statistics=replace(problem.statistics, held_out=problem.statistics.fit))
     settings = {"preservation": 0.0, "margin": 0.0}
     chosen = make_method("loraclr", choose="held_out", **settings).solve(same)
@@ -349,6 +349,8 @@ def test_a_part_of_the_rows_certifies_sums_but_not_means():
     assert text.startswith("global optimum of J on all collected rows: closest negative >= ")
     text = Loraclr(margin=1.0, distance="rms").solve(partly).diagnostics["certificate"]
     assert text.startswith("global optimum of J on all collected rows: closest negative >= ")
+    text = Loraclr(margin=1e6).solve(partly).diagnostics
+    assert text["certificate"].startswith("undecided: closest negative >= ") and text["hinge_active"] == 0
     bound = float(Loraclr(distance="rms").solve(partly).diagnostics["closest_negative"])  # half of what the ten rows show
     method = Loraclr(margin=1.5 * bound, distance="rms")
     assert "all collected rows, with the hinge on 10 paired ones" in method.solve(partly).diagnostics["certificate"]

@@ -129,7 +129,7 @@ class Loraclr(Checked):
             if (rows >= collected or self.margin_mode == "absolute") and bool((bound >= contrast.margins).all()):
                 closest = f"closest negative {'=' if rows >= collected else '>='} {float(bound.min()):.4g}"
                 return f"global optimum of J on all collected rows: {closest}", bound, contrast
-        if self.margin_mode == "absolute" and rows < collected:
+        if self.margin_mode == "absolute" and self.distance == "frobenius" and rows < collected:
             closest = f"closest negative >= {float(bound.min()):.4g} on {rows} of {collected} rows"
             return f"undecided: {closest} does not reach the margin, and the hinge is left out", bound, contrast
         if contrast.active(found):
