@@ -83,7 +83,7 @@ def main() -> None:
         )
         seconds = time.perf_counter() - began
         scores = concept_scores(pipeline, judge, calls, people, dict.fromkeys(adapters, merged.adapter), rounds=arguments.rounds)
-        residual = {kind: round(merged.mean_residual(kind), 3) for kind in ("fit", "held_out")}
+        residual = {kind: round(merged.mean_residual(kind), 3) for kind in ("fit", "held_out")} if merged.collection else {}
         keep(name, {**row(scores), **residual, "merge_seconds": round(seconds, 1)})
 
 

@@ -29,7 +29,7 @@ class Loraclr(Checked):
     descends from there. An adapter without this layer has the target "no change" on its own features.
     """
 
-    ridge: Annotated[float, Option("mu, in mean diagonals of S: pulls towards the prior, against fitting noise", 0)] = 1e-3
+    ridge: Annotated[float, Option("mu, in mean diagonals of S: pulls towards the prior, against fitting noise", 0)] = 1e-2
     choose: Annotated[
         Literal["fixed", "held_out"], Option("take `ridge` as it is, or the best of 1, 3, 10, ... 1000 times it on held-out prompts")
     ] = "fixed"
@@ -94,7 +94,11 @@ class Loraclr(Checked):
                 certificate = f"none: the hinge is active; L-BFGS in the adapters' span stopped with {left:.1e} of the gradient left"
                 value = quadratic.value_and_gradient(v)[0] / number
                 hinge, _, found = contrast.value_and_gradient(quadratic.up, v)
-            notes |= {"hinge": hinge, "hinge_active": len(contrast.active(found)) if status == "refined" else 0, "closest_negative": float(found.min())}
+            notes |= {
+                "hinge": hinge,
+                "hinge_active": len(contrast.active(found)) if status == "refined" else 0,
+                "closest_negative": float(found.min()),
+            }
         size, largest = float(v.norm()), max(_norm(up, down) for up, down in problem.factors)
         notes |= {"objective": value + hinge + self.penalty * size, "growth": size / largest if largest > 0 else 0.0}
         notes["certificate"] = f"{certificate}; J({self._objective(quadratic)})"
