@@ -243,9 +243,19 @@ class TestAllOrNothing:
     def test_a_folder_of_something_else_is_left_alone(self, tmp_path):
         (tmp_path / "a").mkdir()
         (tmp_path / "a" / "thesis.txt").write_text("years of work")
-        with pytest.raises(FormatError, match="no PEFT folder; choose another name"):
+        with pytest.raises(FormatError, match="holds more than one PEFT adapter; choose another name"):
             save_adapter(mixed(), tmp_path / "a", format="peft")
         assert (tmp_path / "a" / "thesis.txt").read_text() == "years of work"
+
+    def test_a_folder_of_adapters_is_not_taken_for_one(self, tmp_path):
+        adapter = mixed()
+        (tmp_path / "loras").mkdir()
+        for name in ("one", "two"):
+            save_adapter(adapter, tmp_path / "loras" / name, format="peft")
+        with pytest.raises(FormatError, match="nothing of it is replaced"):
+            save_adapter(adapter, tmp_path / "loras", format="peft")
+        assert load_adapter(tmp_path / "loras" / "two") == load_adapter(tmp_path / "loras" / "one")
+        save_adapter(adapter, tmp_path / "loras" / "one", format="peft")  # one adapter's own folder is
 
     def test_files_are_readable_by_others_as_usual(self, tmp_path):
         plain = tmp_path / "plain"
