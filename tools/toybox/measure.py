@@ -50,6 +50,13 @@ def base_agreement(pipeline: Pipeline, judge: Judge, count: int) -> dict[str, fl
     return {"all": sum(out.values()) / len(out), **out}
 
 
+def spread(pipeline: Pipeline, words: Sequence[str]) -> float:
+    """Mean relative distance of the text states of prompts that differ in one word in front of the class word."""
+    states = [pipeline.encode([f"a photo of a {word} woman on a beach"], pad=False) for word in words]
+    pairs = [(a, b) for index, a in enumerate(states) for b in states[index + 1 :]]
+    return sum(float((a - b).norm() / a.norm()) for a, b in pairs) / len(pairs)
+
+
 def concept_scores(
     pipeline: Pipeline, judge: Judge, calls: Mapping[str, str], people: Mapping[str, Person], adapters: Mapping[str, Adapter | None],
     *, seed: int = 1000, rounds: int = 1,
@@ -84,6 +91,9 @@ def main() -> None:
     pipeline, judge = Pipeline.load(arguments.base), Judge.load(arguments.judge)
     report: dict[str, object] = {"base": base_agreement(pipeline, judge, arguments.count)}
     print(json.dumps(report["base"]), flush=True)
+    words = {"trigger words": list(identities())[:8], "expressions": ["smiling", "sad", "angry", "surprised"]}
+    report["text states"] = {kind: round(spread(pipeline, some), 4) for kind, some in words.items()}
+    print("text states", json.dumps(report["text states"]), flush=True)
     if arguments.loras:
         people = identities()
         files = sorted((arguments.loras / arguments.split).iterdir())
