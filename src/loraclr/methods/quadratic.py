@@ -136,7 +136,7 @@ class Quadratic:
         return self.constant + float(((product - 2 * self.right) * v).sum()), 2 * (product - self.right)
 
     def metric(self) -> Tensor:
-        """S + w G_0 + mu I (in, in): what activation-aware truncation measures in."""
+        """S + w G_0 + mu I (in, in): the curvature that `refine` preconditions with."""
         metric = self.square.clone() if self.rows is None else linalg.gram(self.rows)
         metric.diagonal().add_(self.mu)
         return metric
