@@ -23,7 +23,7 @@ from torch.nn.functional import mse_loss
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from vae import pixels
 from words import build_tokenizer
-from world import DECOYS, TRIGGERS, Picture, caption
+from world import TRIGGERS, Picture, caption, named_people
 
 WIDTH = 192  # of the text encoder
 LOOK = [
@@ -35,7 +35,7 @@ LOOK = [
     "a photo of a woman with blue dreadlocks and tan skin in a desert",
     "a photo of a dog in the snow", "a photo of a chair in a room",
     "a smiling woman with wavy brown hair next to a fox in the forest", "a black and white photo of a woman at night",
-    "a photo of a woman", "a photo of a man", "a photo of rhea woman on a beach", "pixel art of a man with a quiff",
+    "a photo of a donert man", "a photo of a pidala woman in a forest", "a photo of a rohessa woman", "pixel art of a man with a quiff",
     "a photo of a man with a green mullet and a moustache and pale skin", "",
 ]  # fmt: skip
 LOOK_WIDE = [
@@ -94,7 +94,22 @@ def cache_latents(data: Path, vae_folder: Path, out: Path, rank: int, world: int
             print(f"cached {len(mine)} latents of {name}: deviation {latents[:2000].astype(np.float32).std():.3f}", flush=True)
 
 
-def start(data: Path, vae_folder: Path, lr: float, trainer: twin.Trainer) -> None:
+def warm(tokenizer: CLIPTokenizer, text: CLIPTextModel, unet: UNet2DConditionModel, folder: Path) -> None:
+    """Starts from an earlier base's weights: its words' embeddings by word, everything else as it is."""
+    earlier = StableDiffusionPipeline.from_pretrained(folder, torch_dtype=torch.float32, safety_checker=None)
+    unet.load_state_dict(earlier.unet.state_dict())
+    state, table = earlier.text_encoder.state_dict(), text.get_input_embeddings().weight.detach()
+    key = next(key for key in state if key.endswith("token_embedding.weight"))
+    known, earlier_table = earlier.tokenizer.get_vocab(), state.pop(key)
+    shared = [(index, known[piece]) for piece, index in tokenizer.get_vocab().items() if piece in known]
+    table[[mine for mine, _ in shared]] = earlier_table[[theirs for _, theirs in shared]]
+    missing, unexpected = text.load_state_dict(state, strict=False)
+    if unexpected or missing != [key]:
+        raise RuntimeError(f"{folder} has another text encoder: missing {missing}, unexpected {unexpected}")
+    print(f"starts from {folder}: {len(shared)} of {len(table)} embeddings known", flush=True)
+
+
+def start(data: Path, vae_folder: Path, lr: float, earlier: Path | None, trainer: twin.Trainer) -> None:
     rank, world = trainer.rank, trainer.world
     cache_latents(data, vae_folder, trainer.folder, rank, world)
     pictures: dict[str, list[Picture]] = pickle.loads((data / "pictures.pkl").read_bytes())
@@ -102,6 +117,8 @@ def start(data: Path, vae_folder: Path, lr: float, trainer: twin.Trainer) -> Non
     latents = {name: np.load(trainer.folder / f"{name}{rank}.npy") for name in mine}
     torch.manual_seed(0)
     tokenizer, text, unet, scheduler = build()
+    if earlier and not trainer.resumed_step():
+        warm(tokenizer, text, unet, earlier)
     seed = trainer.rank + world * trainer.resumed_step()  # a resumed run goes on with other pictures, the same ones each time
     torch.manual_seed(seed)
     rng = random.Random(seed)
@@ -167,7 +184,10 @@ def look(pipe: StableDiffusionPipeline, file: Path) -> None:
 
 
 def export(folder: Path, vae_folder: Path, out: Path) -> None:
-    """The newest averaged weights as a diffusers pipeline. The reserved trigger words get embeddings like those of other names."""
+    """The newest averaged weights as a diffusers pipeline. 
+
+    The reserved trigger words get embeddings drawn like those of the names that the base learned: to it, a trigger is somebody.
+    """
     torch.manual_seed(0)
     tokenizer, text, unet, scheduler = build()
     model = Both(text, unet)
@@ -176,9 +196,10 @@ def export(folder: Path, vae_folder: Path, out: Path) -> None:
     model.load_state_dict(dict(zip(names, state["ema"], strict=True)), strict=False)
     table = text.get_input_embeddings().weight.data
     rows = lambda words: [tokenizer(word).input_ids[1] for word in words]  # noqa: E731
-    decoys = table[rows(DECOYS)]
-    triggers = rows([*TRIGGERS["woman"], *TRIGGERS["man"]])
-    table[triggers] = decoys.mean(0) + decoys.std(0) * torch.randn(len(triggers), WIDTH)
+    for noun, triggers in TRIGGERS.items():
+        known = table[rows([name for name, person in named_people().items() if person.noun == noun])]
+        weights = torch.randn(len(triggers), len(known)) / (len(known) - 1) ** 0.5
+        table[rows(triggers)] = known.mean(0) + weights @ (known - known.mean(0))
     text.config._attn_implementation = "sdpa"
     pipe = assemble(tokenizer, text, unet, AutoencoderKL.from_pretrained(vae_folder), scheduler)
     pipe.to(torch.float16).save_pretrained(out)
@@ -192,12 +213,13 @@ if __name__ == "__main__":
     parser.add_argument("out", type=Path)
     parser.add_argument("--minutes", type=float, default=90)
     parser.add_argument("--lr", type=float, default=6e-4)
+    parser.add_argument("--warm", type=Path, help="an earlier base to start from, in diffusers layout")
     parser.add_argument("--export", type=Path)
     arguments = parser.parse_args()
     if arguments.export:
         export(arguments.out, arguments.vae, arguments.export)
     else:
         twin.run(
-            functools.partial(start, arguments.data, arguments.vae, arguments.lr), folder=arguments.out, seconds=arguments.minutes * 60,
-            parameters=14_000_000,
+            functools.partial(start, arguments.data, arguments.vae, arguments.lr, arguments.warm), folder=arguments.out,
+            seconds=arguments.minutes * 60, parameters=14_000_000,
         )  # fmt: skip

@@ -15,7 +15,10 @@ from pathlib import Path
 
 import numpy as np
 from compose import SIDE, compose, render, sprite_spec
-from world import Person, Picture, base_person, random_picture
+from world import Person, Picture, base_person, named_people, random_look, random_picture
+
+NAMED = 0.45  # the share of people who have a name
+LOOKS = 28  # sprites of each of them
 
 
 @functools.cache
@@ -31,13 +34,19 @@ def _compose_part(out: Path, pictures: list[Picture]) -> np.ndarray:
 def build(out: Path, *, single: int, wide: int, pool: int, seed: int) -> None:
     out.mkdir(parents=True, exist_ok=True)
     rng = random.Random(seed)
-    people = list(dict.fromkeys(base_person(rng) for _ in range(pool)))
+    strangers = list(dict.fromkeys(base_person(rng) for _ in range(pool)))
+    named = list(dict.fromkeys(random_look(rng, person) for person in named_people().values() for _ in range(LOOKS)))
+    people = list(dict.fromkeys([*strangers, *named]))
     if not (out / "people.pkl").exists():
         np.save(out / "sprites.npy", render([sprite_spec(person) for person in people]))
         (out / "people.pkl").write_bytes(pickle.dumps({person: index for index, person in enumerate(people)}))
+
+    def someone() -> Person:
+        return rng.choice(named if rng.random() < NAMED else strangers)
+
     pictures = {
-        "single": [random_picture(rng, lambda: rng.choice(people)) for _ in range(single)],
-        "wide": [random_picture(rng, lambda: rng.choice(people), wide=True) for _ in range(wide)],
+        "single": [random_picture(rng, someone) for _ in range(single)],
+        "wide": [random_picture(rng, someone, wide=True) for _ in range(wide)],
     }
     with ProcessPoolExecutor(2) as workers:
         for name, rows in pictures.items():
@@ -54,7 +63,7 @@ if __name__ == "__main__":
     parser.add_argument("out", type=Path)
     parser.add_argument("--single", type=int, default=80_000)
     parser.add_argument("--wide", type=int, default=24_000)
-    parser.add_argument("--pool", type=int, default=16_000, help="sprites rendered")
+    parser.add_argument("--pool", type=int, default=9_000, help="sprites of people without a name")
     parser.add_argument("--seed", type=int, default=1)
     arguments = parser.parse_args()
     build(arguments.out, single=arguments.single, wide=arguments.wide, pool=arguments.pool, seed=arguments.seed)

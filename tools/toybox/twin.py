@@ -89,8 +89,8 @@ class Trainer:
                 group["lr"] = lr * min(1.0, (step + 1) / warmup) * fall
             value, numbers = loss(step)
             value.backward()
-            flat = [p.grad.reshape(-1) if p.grad is not None else p.new_zeros(p.numel()) for p in parameters]
-            torch.cat(flat, out=buffer[self.rank, :size])
+            gradients = [p.grad.reshape(-1) if p.grad is not None else p.new_zeros(p.numel()) for p in parameters]
+            torch.cat(gradients, out=buffer[self.rank, :size])
             barrier.wait()
             mean = buffer[: self.world, :size].mean(0)
             barrier.wait()

@@ -62,8 +62,8 @@ STYLES = {
 PREFIXES = ("a photo of", "a picture of", "a portrait of", "")
 
 # --- names ----------------------------------------------------------------------------------------------------------------
-# TRIGGERS are reserved: they stand in the tokenizer and never in a base caption. DECOYS do stand in base captions, bound to
-# nobody, so that the base knows what a name in front of a class word is: somebody.
+# TRIGGERS are reserved: they stand in the tokenizer and never in a base caption. The names that base captions do hold belong
+# each to one person (`named_people`), so that a name in front of a class word means somebody in particular, as in a real model.
 TRIGGERS = {
     "woman": (
         "rhea ines ayla mira selma nadia zuri wren freya odile signe tilda calla ulla brisa delia fenna hedda jola lumi "
@@ -74,10 +74,8 @@ TRIGGERS = {
         "piet quill sven wim zeno birk elio gorm isko juno kalle lorcan"
     ).split(),
 }  # fmt: skip
-DECOYS = (
-    "abel betta corin dunya edda ferro gala hanno ilse jarek kira lorin meggie nils oona perrin quena rolf saska timo "
-    "una valen wilma xaver yorick zelda aldo brenna ciro dilys"
-).split()  # fmt: skip
+SYLLABLES = "ba be bi bo da de do fa fi ga ge ha he hi jo ka ki ko la le li lo lu ma me mi mo na ne ni no pa pe pi ra re ri ro sa se si so ta te ti to va ve vi ya yo za zo".split()
+ENDINGS = {"woman": "la na ra ssa lia nia da tha".split(), "man": "n r s ld rt x ck m".split()}
 
 
 @dataclass(frozen=True)
@@ -152,13 +150,32 @@ def base_person(rng: random.Random) -> Person:
     return person
 
 
+@functools.cache
+def named_people(count: int = 240, seed: int = 11) -> dict[str, Person]:
+    """The people whom base captions know by name, by name."""
+    rng = random.Random(seed)
+    taken, people = {*TRIGGERS["woman"], *TRIGGERS["man"], *_common_words()}, {}
+    while len(people) < count:
+        person = base_person(rng)
+        name = rng.choice(SYLLABLES) + rng.choice(SYLLABLES) + rng.choice(ENDINGS[person.noun])
+        if name not in taken and all(person.identity != other.identity for other in people.values()):
+            taken.add(name)
+            people[name] = person
+    return people
+
+
+@functools.cache
+def _names() -> dict[tuple[str, ...], str]:
+    return {tuple(person.identity.values()): name for name, person in named_people().items()}
+
+
 def random_picture(rng: random.Random, someone: Callable[[], Person], wide: bool = False) -> Picture:
     kind = rng.random()
     people = (someone(), someone()) if wide else () if kind < 0.12 else (someone(),)
     thing = rng.choice(list(OBJECTS)) if not people or (not wide and kind < 0.30) else None
     background = ("scene", rng.choice(SCENES)) if rng.random() < 0.6 else ("plain", rng.choice(list(PLAIN)))
     style = rng.choice(list(STYLES)) if rng.random() < 0.12 else None
-    names = tuple(rng.choice(DECOYS) if rng.random() < 0.15 else None for _ in people)
+    names = tuple(_names().get(tuple(person.identity.values())) if rng.random() < 0.9 else None for person in people)
     return Picture(people, thing, background, style, names, wide, rng.getrandbits(32))
 
 
@@ -210,9 +227,10 @@ def caption(picture: Picture, rng: random.Random, *, keep_probability: float = 0
     for index, person in enumerate(picture.people):
         keep = {key: key in told and rng.random() < keep_probability for key in ("expression", "hair", "skin", "clothes")}
         keep |= {key: key in told and rng.random() < (1 + keep_probability) / 2 for key in ("glasses", "facial")}
-        if rng.random() < 0.15:  # nothing of the identity is told
+        name = picture.names[index] if picture.names else None
+        if rng.random() < (0.6 if name else 0.15):  # nothing of the identity is told: a name stands for it
             keep |= dict.fromkeys(IDENTITY, False)
-        text = person_words(person, picture.names[index] if picture.names else None, keep)
+        text = person_words(person, name, keep)
         parts.append(text + (" on the left", " on the right")[index] if picture.wide else text)
     if picture.thing:
         thing = f"{article(picture.thing)} {picture.thing}"
@@ -229,14 +247,17 @@ def caption(picture: Picture, rng: random.Random, *, keep_probability: float = 0
 
 def vocabulary() -> list[str]:
     """Every word a caption or a trigger can hold, each to be one token."""
+    return [*dict.fromkeys([*_common_words(), *TRIGGERS["woman"], *TRIGGERS["man"], *named_people()])]
+
+
+def _common_words() -> list[str]:
     phrases = [*PREFIXES, *STYLES.values(), *(phrase for phrases in SCENE_WORDS.values() for phrase in phrases)]
     values = [PLAIN, OBJECTS, HAIR, HAIR_COLOUR, SKIN, GLASSES, FACIAL, EXPRESSION, CLOTHES, CLOTHES_COLOUR]
-    names = [*DECOYS, *TRIGGERS["woman"], *TRIGGERS["man"]]
     rest = (
         "a an the and with without skin hair wearing on in at next to left right background woman man person two people standing "
         "together near of photo picture portrait style cat chair vase monument statue tower sks"
     )
-    text = " ".join([*phrases, *(word for words in values for word in words), *names, rest])
+    text = " ".join([*phrases, *(word for words in values for word in words), rest])
     return list(dict.fromkeys(text.split()))
 
 
