@@ -184,7 +184,7 @@ def look(pipe: StableDiffusionPipeline, file: Path) -> None:
 
 
 def export(folder: Path, vae_folder: Path, out: Path) -> None:
-    """The newest averaged weights as a diffusers pipeline. 
+    """The newest averaged weights as a diffusers pipeline.
 
     The reserved trigger words get embeddings drawn like those of the names that the base learned: to it, a trigger is somebody.
     """

@@ -74,7 +74,10 @@ TRIGGERS = {
         "piet quill sven wim zeno birk elio gorm isko juno kalle lorcan"
     ).split(),
 }  # fmt: skip
-SYLLABLES = "ba be bi bo da de do fa fi ga ge ha he hi jo ka ki ko la le li lo lu ma me mi mo na ne ni no pa pe pi ra re ri ro sa se si so ta te ti to va ve vi ya yo za zo".split()
+SYLLABLES = (
+    "ba be bi bo da de do fa fi ga ge ha he hi jo ka ki ko la le li lo lu ma me mi "
+    "mo na ne ni no pa pe pi ra re ri ro sa se si so ta te ti to va ve vi ya yo za zo"
+).split()
 ENDINGS = {"woman": "la na ra ssa lia nia da tha".split(), "man": "n r s ld rt x ck m".split()}
 
 
@@ -109,6 +112,9 @@ class Picture:
     names: tuple[str | None, ...] = ()  # what each person is called in the caption
     wide: bool = False
     layout: int = field(default=0, compare=False)  # seed of place, size, mirroring
+
+    def unnamed(self) -> Picture:
+        return replace(self, names=())
 
 
 def random_look(rng: random.Random, person: Person) -> Person:

@@ -18,19 +18,30 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 
+def convolutions(width: int) -> tuple[nn.Sequential, int]:
+    """Four halvings of a 64x64 picture, and how many features come out."""
+    channels = (3, width, 2 * width, 4 * width, 4 * width)
+    blocks: list[nn.Module] = []
+    for a, b in itertools.pairwise(channels):
+        blocks += [nn.Conv2d(a, b, 3, padding=1, stride=2), nn.BatchNorm2d(b), nn.ReLU()]
+        blocks += [nn.Conv2d(b, b, 3, padding=1), nn.BatchNorm2d(b), nn.ReLU()]
+    return nn.Sequential(*blocks), 4 * width * 16
+
+
+def tensor(images: Sequence[Image.Image]) -> Tensor:
+    """Pictures of any size as (n, 3, 64, 64) in [-1, 1]."""
+    array = np.stack([np.asarray(image.convert("RGB").resize((64, 64))) for image in images])
+    return torch.from_numpy(array).permute(0, 3, 1, 2).float().div(127.5).sub(1)
+
+
 class Judge(nn.Module):
     """(n, 3, 64, 64) pictures in [-1, 1] -> per attribute (n, values) logits. `heads` maps an attribute to its values."""
 
     def __init__(self, heads: Mapping[str, Sequence[str]], width: int = 32) -> None:
         super().__init__()
         self.heads = {name: tuple(values) for name, values in heads.items()}
-        channels = (3, width, 2 * width, 4 * width, 4 * width)
-        blocks: list[nn.Module] = []
-        for a, b in itertools.pairwise(channels):
-            blocks += [nn.Conv2d(a, b, 3, padding=1, stride=2), nn.BatchNorm2d(b), nn.ReLU()]
-            blocks += [nn.Conv2d(b, b, 3, padding=1), nn.BatchNorm2d(b), nn.ReLU()]
-        self.body = nn.Sequential(*blocks)
-        self.mix = nn.Sequential(nn.Flatten(), nn.Linear(4 * width * 16, 192), nn.ReLU(), nn.Dropout(0.2))
+        self.body, features = convolutions(width)
+        self.mix = nn.Sequential(nn.Flatten(), nn.Linear(features, 192), nn.ReLU(), nn.Dropout(0.2))
         self.out = nn.ModuleDict({name: nn.Linear(192, len(values)) for name, values in self.heads.items()})
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
@@ -40,9 +51,7 @@ class Judge(nn.Module):
     @torch.inference_mode()
     def read(self, images: Sequence[Image.Image]) -> dict[str, Tensor]:
         """Per attribute (n, values) probabilities for 64x64 pictures."""
-        array = np.stack([np.asarray(image.convert("RGB").resize((64, 64))) for image in images])
-        x = torch.from_numpy(array).permute(0, 3, 1, 2).float().div(127.5).sub(1)
-        return {name: logits.softmax(-1) for name, logits in self.eval()(x).items()}
+        return {name: logits.softmax(-1) for name, logits in self.eval()(tensor(images)).items()}
 
     @staticmethod
     def load(path: str | Path) -> Judge:
