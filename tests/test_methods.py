@@ -142,6 +142,32 @@ def test_ridge_prior_importance_and_preservation_are_a_stacked_least_squares(row
     assert math.isclose(solution.diagnostics["objective"], float((x @ solution.delta().T - e).square().sum()) / 3, rel_tol=1e-8)
 
 
+@pytest.mark.parametrize("rows", [20, 2])
+def test_balance_is_importance_by_the_inverse_of_what_each_adapter_does(rows):
+    problem = make_problem(3, rows=rows, width=16 if rows == 2 else 7, weights=[1.0, 0.1, 5.0])
+    xs, deltas = features(problem), problem.deltas()
+    inverse = [rows / float((x @ d.T).square().sum()) for x, d in zip(xs, deltas, strict=True)]
+    level = sum(float(x.square().sum()) for x in xs) / sum(f * float(x.square().sum()) for f, x in zip(inverse, xs, strict=True))
+    settings = {"ridge": 0.1, "preservation": 0.3, "margin": 0.0}
+    balanced = Loraclr(balance=True, **settings).solve(problem)
+    weighed = Loraclr(importance=tuple(f * level for f in inverse), **settings).solve(problem)
+    assert relative(balanced.delta(), weighed.delta()) < 1e-9
+    assert math.isclose(balanced.diagnostics["mu"], Loraclr(**settings).solve(problem).diagnostics["mu"], rel_tol=1e-9)
+    louder = replace(problem, weights=(1.0, 0.1, 500.0))  # however loud one is, the quiet one keeps its residual
+    residual = [residuals(p, Loraclr(balance=True, **settings).solve(p).delta())["fit/c1"] for p in (problem, louder)]
+    plain = [residuals(p, Loraclr(**settings).solve(p).delta())["fit/c1"] for p in (problem, louder)]
+    assert residual[1] < plain[1]
+
+
+def test_balance_counts_an_adapter_that_does_nothing_like_the_mean_of_the_others():
+    problem = make_problem(3)
+    absent = replace(problem, layers=(problem.layers[0], None, problem.layers[2]))
+    solution = Loraclr(balance=True, preservation=0.0, ridge=1e-9, margin=0.0).solve(absent)
+    assert residuals(absent, solution.delta())["fit/c0"] < 1
+    nothing = replace(problem, layers=(LoraLayer(NAME, torch.zeros(2, 6), torch.zeros(8, 2)), None, None))
+    assert not Loraclr(balance=True, margin=0.0).solve(nothing).delta().any()
+
+
 def test_dual_and_primal_agree():
     problem = make_problem(2, rows=4, width=9, preserve=0)
     fit = {name: Moments(m.width, m.count, None, m.gram()) for name, m in problem.statistics.fit.items()}  # the same sums, without the rows

@@ -36,6 +36,7 @@ class Loraclr(Checked):
     preservation: Annotated[float, Option("w: how much concept-free prompts must stay as they are; 0 needs no such statistics", 0)] = 0.1
     prior: Annotated[Literal["zero", "mean"], Option("P: what `ridge` pulls towards, no change or the mean of the deltas")] = "zero"
     normalise: Annotated[bool, Option("count every concept by the mean over its rows; false: by the sum, as the paper does")] = True
+    balance: Annotated[bool, Option("divide every concept's share by what its adapter does there: loud ones do not drown quiet ones")] = False
     importance: Annotated[tuple[float, ...], Option("one factor per concept on its share of the objective; empty: all 1", 0)] = ()
     penalty: Annotated[float, Option("lambda of the paper's eq. (4), on the norm of the delta, not squared", 0)] = 0.0
     margin: Annotated[float, Option("m of eq. (1); 0 switches the hinge off", 0)] = 0.5
@@ -75,6 +76,7 @@ class Loraclr(Checked):
             prior=self.prior,
             normalise=self.normalise,
             importance=self.importance,
+            balance=self.balance,
         )
         if self.choose == "held_out":
             quadratic = _best(quadratic, Quadratic.held_out(problem))
@@ -144,7 +146,7 @@ class Loraclr(Checked):
         hinge = f"margin={self.margin:g} {self.margin_mode}, distance={self.distance}, anchor={self.anchor}, space={self.space}"
         return (
             f"lambda={self.penalty:g}, mu={quadratic.mu:.3g}, prior={self.prior}, preservation={self.preservation:g}, "
-            f"normalise={self.normalise}, {hinge if self.margin > 0 else 'margin=0'}"
+            f"normalise={self.normalise}, balance={self.balance}, {hinge if self.margin > 0 else 'margin=0'}"
         )
 
 

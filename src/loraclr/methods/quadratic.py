@@ -40,13 +40,19 @@ class Quadratic:
         prior: str = "zero",
         normalise: bool = False,
         importance: tuple[float, ...] = (),
+        balance: bool = False,
     ) -> Quadratic:
-        """a_i is importance_i, over the row count when `normalise`; mu is `ridge` times the mean diagonal of S = sum_i a_i G_i."""
+        """a_i is importance_i, over the row count when `normalise`, over ||X_i D_i^T||^2 per row when `balance`; S = sum_i a_i G_i.
+
+        mu is `ridge` times the mean diagonal of S, which `balance` leaves as it is.
+        """
         number, width = len(problem.concepts), problem.width
         if importance and len(importance) != number:
             raise MergeError(f"importance has {len(importance)} numbers for {number} concepts; give one for each")
         fit = problem.moments()
         shares = [(importance[i] if importance else 1.0) / (fit[i].count if normalise else 1) for i in range(number)]
+        if balance:
+            shares = _balanced(problem, fit, shares)
         seen = [moments.scaled(share) for moments, share in zip(fit, shares, strict=True)]
         mu = ridge * sum(map(_trace, seen)) / width
         if preservation > 0:
@@ -140,6 +146,21 @@ class Quadratic:
         metric = self.square.clone() if self.rows is None else linalg.gram(self.rows)
         metric.diagonal().add_(self.mu)
         return metric
+
+
+def _balanced(problem: LayerProblem, fit: list[Moments], shares: list[float]) -> list[float]:
+    """Shares under which every adapter's own action counts alike, with the same trace of S. Without an action: the mean factor."""
+    energies = []
+    for (up, down), moments in zip(problem.factors, fit, strict=True):
+        energies.append(float(((up.T @ up) * (_times_gram(down, moments) @ down.T)).sum()) / max(moments.count, 1))
+    factors = [1 / energy if energy > 0 else 0.0 for energy in energies]
+    acting = [factor for factor in factors if factor > 0]
+    if not acting:
+        return shares
+    factors = [factor or sum(acting) / len(acting) for factor in factors]
+    traces = [share * _trace(moments) for share, moments in zip(shares, fit, strict=True)]
+    level = sum(traces) / sum(factor * trace for factor, trace in zip(factors, traces, strict=True))
+    return [share * factor * level for share, factor in zip(shares, factors, strict=True)]
 
 
 def _trace(moments: Moments) -> float:
