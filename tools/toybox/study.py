@@ -1,7 +1,8 @@
 """Which merge settings keep identities? `python study.py BASE JUDGE LORAS OUT.json [NAME ...]`, on *development* identities only.
 
 Every row merges the twelve development adapters from their files with other settings, samples the scoring prompts (which share no
-template with the merge's) and prints identity, right person of 12 and prompt agreement. Finished rows are kept in OUT.json and skipped.
+template with the merge's) and prints identity, right person of 12 and prompt agreement. `only STAGE` rows take the default's merge for
+one stage and each concept's own adapter for the others: what that stage alone costs. Finished rows are kept in OUT.json and skipped.
 """
 
 from __future__ import annotations
@@ -10,7 +11,8 @@ import argparse
 import json
 import time
 from collections.abc import Mapping
-from dataclasses import replace
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,35 +20,80 @@ import torch
 from measure import concept_scores, row
 from world import identities
 
+from loraclr.adapter import Adapter
 from loraclr.collect import Collection
 from loraclr.formats import load_adapter
 from loraclr.merge import merge
 from loraclr.pipeline import Pipeline
 from loraclr.toybox.judge import Judge
 
-Setting = tuple[str, Mapping[str, Any], Collection]
-DEFAULT = Collection()
+STAGES = ("text", "keys", "spatial")
+
+
+@dataclass(frozen=True)
+class Setting:
+    method: str = "loraclr"
+    parameters: Mapping[str, Any] = field(default_factory=dict)
+    collection: Collection = field(default_factory=Collection)
+    merged: tuple[str, ...] = STAGES  # the stages that come from the merge
+    rest: str = "nothing"  # the others: "nothing", or every concept's "own" adapter
 
 
 def settings() -> dict[str, Setting]:
-    """Row name -> method, its parameters, what it collects."""
-    rows: dict[str, Setting] = {"average": ("average", {}, DEFAULT)}
-    for scale in (0.1, 0.15, 0.2, 0.3, 0.4, 0.6):
-        rows[f"sum {scale}"] = ("sum", {"scale": scale}, DEFAULT)
-    for preservation in (0.0, 0.1, 0.3, 1.0):
-        held_out = {"choose": "held_out", "preservation": preservation}
-        rows[f"held-out ridge, preservation {preservation:g}"] = ("loraclr", held_out, DEFAULT)
-        for ridge in (1e-3, 1e-2, 1e-1):
-            fixed = {"choose": "fixed", "ridge": ridge, "preservation": preservation}
-            rows[f"ridge {ridge:g}, preservation {preservation:g}"] = ("loraclr", fixed, DEFAULT)
-    best = {"choose": "held_out"}
-    rows["held-out, mean prior"] = ("loraclr", {**best, "prior": "mean"}, DEFAULT)
-    rows["held-out, unpadded text"] = ("loraclr", best, replace(DEFAULT, padded=False))
-    rows["held-out, 5 timesteps"] = ("loraclr", best, replace(DEFAULT, steps=5))
-    rows["held-out, 10 timesteps"] = ("loraclr", best, replace(DEFAULT, steps=10))
-    rows["held-out, 2 prompts"] = ("loraclr", best, replace(DEFAULT, fit=DEFAULT.fit[:2]))
-    rows["exact"] = ("loraclr:exact", {}, DEFAULT)
+    """Row name -> what is done."""
+    collection = Collection()
+    rows = {"single": Setting(merged=(), rest="own"), "average": Setting("average")}
+    for scale in (0.05, 0.1, 0.15, 0.2, 0.3, 0.4):
+        rows[f"sum {scale}"] = Setting("sum", {"scale": scale})
+    for ridge, preservation in ((1e-2, 0.1), (1e-3, 0.1), (1e-1, 0.1), (1e-2, 0.0), (1e-2, 0.3), (1e-2, 1.0), (1e-3, 1.0)):
+        rows[f"ridge {ridge:g}, preservation {preservation:g}"] = Setting(parameters={"ridge": ridge, "preservation": preservation})
+    for ridge, preservation in ((1e-2, 0.1), (1e-3, 0.1), (1e-2, 0.3)):
+        fixed = {"ridge": ridge, "preservation": preservation, "balance": True}
+        rows[f"balance, ridge {ridge:g}, preservation {preservation:g}"] = Setting(parameters=fixed)
+    rows["mean prior, ridge 0.1"] = Setting(parameters={"ridge": 0.1, "prior": "mean"})
+    rows["held-out ridge"] = Setting(parameters={"choose": "held_out"})
+    rows["unpadded text"] = Setting(collection=replace(collection, padded=False))
+    for steps in (5, 8):
+        rows[f"{steps} timesteps"] = Setting(collection=replace(collection, steps=steps))
+    rows["contrastive"] = Setting("loraclr:contrastive")
+    rows["exact"] = Setting("loraclr:exact")
+    for stage in STAGES:
+        rows[f"only {stage}, own adapter for the rest"] = Setting(merged=(stage,), rest="own")
+    rows["only text"] = Setting(merged=("text",))
     return rows
+
+
+def stage_of(name: str) -> str:
+    return "text" if name.startswith("text_encoder") else "keys" if name.endswith((".attn2.to_k", ".attn2.to_v")) else "spatial"
+
+
+def hybrid(merged: Adapter, own: Adapter, setting: Setting) -> Adapter:
+    """The merge in `setting.merged` stages, `setting.rest` in the others."""
+    layers = {name: layer for name, layer in merged.layers.items() if stage_of(name) in setting.merged}
+    if setting.rest == "own":
+        layers |= {name: layer for name, layer in own.layers.items() if stage_of(name) not in setting.merged}
+    return Adapter(layers, name=own.name, tokens=own.tokens, triggers=own.triggers)
+
+
+def run(base: Path, judge: Path, loras: Path, name: str, rounds: int) -> dict[str, object]:
+    torch.set_num_threads(1)
+    setting, people = settings()[name], identities()
+    files = {name: file for name in people for file in (loras / "development").iterdir() if file.stem == name}
+    adapters = {name: load_adapter(file) for name, file in files.items()}
+    calls = {name: " ".join(adapter.tokens) or adapter.triggers[0] for name, adapter in adapters.items()}
+    pipeline = Pipeline.load(base)
+    used, notes = adapters, {}
+    if setting.merged:
+        began = time.perf_counter()
+        merged = merge(
+            list(files.values()), base=pipeline, method=setting.method, parameters=setting.parameters, collection=setting.collection,
+            measure=setting.method.startswith("loraclr"),
+        )  # fmt: skip
+        notes = {kind: round(merged.mean_residual(kind), 3) for kind in ("fit", "held_out")} if merged.collection else {}
+        notes["merge_seconds"] = round(time.perf_counter() - began, 1)
+        whole = setting.merged == STAGES
+        used = {name: merged.adapter if whole else hybrid(merged.adapter, own, setting) for name, own in adapters.items()}
+    return {**row(concept_scores(pipeline, Judge.load(judge), calls, people, used, rounds=rounds)), **notes}
 
 
 def main() -> None:
@@ -57,34 +104,17 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("names", nargs="*", help="rows whose name begins so; all without")
     parser.add_argument("--rounds", type=int, default=1, help="seeds per prompt")
-    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--workers", type=int, default=2)
     arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
-    people = identities()
-    files = {name: file for name in people for file in (arguments.loras / "development").iterdir() if file.stem == name}
-    adapters = {name: load_adapter(file) for name, file in files.items()}
-    calls = {name: " ".join(adapter.tokens) or adapter.triggers[0] for name, adapter in adapters.items()}
-    pipeline, judge = Pipeline.load(arguments.base), Judge.load(arguments.judge)
     done = json.loads(arguments.out.read_text()) if arguments.out.exists() else {}
-
-    def keep(name: str, result: dict[str, object]) -> None:
-        done[name] = result
-        arguments.out.write_text(json.dumps(done, indent=1) + "\n")
-        print(f"{name:45} {json.dumps(result)}", flush=True)
-
-    if "single" not in done:
-        keep("single", row(concept_scores(pipeline, judge, calls, people, adapters, rounds=arguments.rounds)))
-    for name, (method, parameters, collection) in settings().items():
-        if name in done or (arguments.names and not any(name.startswith(one) for one in arguments.names)):
-            continue
-        began = time.perf_counter()
-        merged = merge(
-            list(files.values()), base=pipeline, method=method, parameters=parameters, collection=collection, measure=method == "loraclr"
-        )
-        seconds = time.perf_counter() - began
-        scores = concept_scores(pipeline, judge, calls, people, dict.fromkeys(adapters, merged.adapter), rounds=arguments.rounds)
-        residual = {kind: round(merged.mean_residual(kind), 3) for kind in ("fit", "held_out")} if merged.collection else {}
-        keep(name, {**row(scores), **residual, "merge_seconds": round(seconds, 1)})
+    wanted = [name for name in settings() if name not in done and (not arguments.names or name.startswith(tuple(arguments.names)))]
+    with ProcessPoolExecutor(arguments.workers) as pool:
+        jobs = {pool.submit(run, arguments.base, arguments.judge, arguments.loras, name, arguments.rounds): name for name in wanted}
+        for job in as_completed(jobs):
+            done[jobs[job]] = job.result()
+            ordered = {name: done[name] for name in settings() if name in done}
+            arguments.out.write_text(json.dumps(ordered, indent=1) + "\n")
+            print(f"{jobs[job]:45} {json.dumps(done[jobs[job]])}", flush=True)
 
 
 if __name__ == "__main__":
