@@ -24,7 +24,7 @@ ORDER = (
     ("collect",),
     ("merge",),
     ("generate",),
-    ("toybox",),
+    ("toybox", "web"),
     ("cli",),
 )
 LEVEL = {name: level for level, row in enumerate(ORDER) for name in row}

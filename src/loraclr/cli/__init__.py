@@ -11,10 +11,12 @@ from typing import Annotated, TextIO
 import typer
 
 from loraclr import __version__
-from loraclr.cli import generate, inspect, merge, methods, show, toybox
+from loraclr.cli import generate, inspect, merge, methods, show, study, toybox
 from loraclr.errors import LoraclrError
 
 __all__ = ["app", "main"]
+
+EXTRAS = {"diffusion": ("accelerate", "diffusers", "transformers"), "train": ("peft",), "study": ("flask", "krippendorff", "werkzeug")}
 
 app = typer.Typer(
     name="loraclr",
@@ -30,6 +32,7 @@ app.command("generate")(generate.generate)
 app.command("methods")(methods.methods)
 app.command("demo")(toybox.demo)
 app.add_typer(toybox.app, name="toybox")
+app.add_typer(study.app, name="study")
 
 
 def _version(asked: bool) -> None:
@@ -55,9 +58,11 @@ def main(args: Sequence[str] | None = None) -> int:
             show.error(error)
             return 1
         except ModuleNotFoundError as error:
-            if (error.name or "").partition(".")[0] not in ("accelerate", "diffusers", "transformers"):
+            missing = (error.name or "").partition(".")[0]
+            extra = next((extra for extra, names in EXTRAS.items() if missing in names), None)
+            if extra is None:
                 raise
-            show.error(ModuleNotFoundError(f"{error.name} is not installed, and a base model needs it; pip install 'loraclr[diffusion]'"))
+            show.error(ModuleNotFoundError(f"{missing} is not installed, and this command needs it; pip install 'loraclr[{extra}]'"))
             return 1
         except SystemExit as end:
             code = end.code if isinstance(end.code, int) else int(end.code is not None)

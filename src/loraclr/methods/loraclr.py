@@ -36,7 +36,9 @@ class Loraclr(Checked):
     preservation: Annotated[float, Option("w: how much concept-free prompts must stay as they are; 0 needs no such statistics", 0)] = 0.1
     prior: Annotated[Literal["zero", "mean"], Option("P: what `ridge` pulls towards, no change or the mean of the deltas")] = "zero"
     normalise: Annotated[bool, Option("count every concept by the mean over its rows; false: by the sum, as the paper does")] = True
-    balance: Annotated[bool, Option("divide every concept's share by what its adapter does there: loud ones do not drown quiet ones")] = False
+    balance: Annotated[bool, Option("divide every concept's share by what its adapter does there: loud ones do not drown quiet ones")] = (
+        False
+    )
     importance: Annotated[tuple[float, ...], Option("one factor per concept on its share of the objective; empty: all 1", 0)] = ()
     penalty: Annotated[float, Option("lambda of the paper's eq. (4), on the norm of the delta, not squared", 0)] = 0.0
     margin: Annotated[float, Option("m of eq. (1); 0 switches the hinge off", 0)] = 0.5

@@ -1,0 +1,1 @@
+"""The user study: pictures of several methods, rated blind by people, in a browser."""

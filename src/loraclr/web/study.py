@@ -1,0 +1,261 @@
+"""A user study on disk: what is asked (study.json, pictures/), what was answered (answers.sqlite), and what follows from it.
+
+The protocol is that of the LoRACLR paper's user study (arXiv 2412.09622, section 4.3): references on the left, a picture on the right,
+"how well does the image capture the identity" from 1 to 5, methods hidden and in random order.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import secrets
+import shutil
+import sqlite3
+from collections.abc import Mapping, Sequence
+from contextlib import closing
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+from loraclr.errors import UsageError
+
+PICTURES = (".png", ".jpg", ".jpeg", ".webp")
+SCALE = (1, 2, 3, 4, 5)
+DRAWS = 2000
+
+
+@dataclass(frozen=True)
+class Question:
+    """One picture of one method, beside the references of whom it should show. File names tell nothing of the method."""
+
+    id: str
+    method: str
+    concept: str
+    picture: str
+    references: tuple[str, ...]
+    item: str  # the same for all methods' pictures of one concept and prompt: what is compared in pairs
+
+
+@dataclass(frozen=True)
+class MethodScore:
+    """Mean rating with its 95 % interval: raters and items are both drawn anew, so neither few people nor few pictures look certain."""
+
+    method: str
+    mean: float
+    low: float
+    high: float
+    answers: int
+
+
+class Study:
+    """A study's folder. Raises UsageError if it is none."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        file = folder / "study.json"
+        if not file.is_file():
+            raise UsageError(f"{folder} is not a study: it has no study.json; make one with `loraclr study create`")
+        try:
+            described = json.loads(file.read_text())
+            self.title: str = described["title"]
+            self.note: str = described["note"]
+            self.questions = tuple(Question(**{**entry, "references": tuple(entry["references"])}) for entry in described["questions"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise UsageError(f"{file} cannot be read ({error}); make the study again") from error
+        self.by_id = {question.id: question for question in self.questions}
+
+    @property
+    def methods(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(question.method for question in self.questions))
+
+    def order(self, rater: str) -> list[Question]:
+        """This rater's own order, the same at every visit."""
+        questions = list(self.questions)
+        random.Random(f"{rater}/{len(questions)}").shuffle(questions)
+        return questions
+
+    def database(self) -> sqlite3.Connection:
+        """Every answer is committed to disk before the next question is shown."""
+        connection = sqlite3.connect(self.folder / "answers.sqlite", timeout=30)
+        connection.execute("PRAGMA journal_mode=WAL")
+        connection.execute("PRAGMA synchronous=FULL")
+        connection.execute(
+            "CREATE TABLE IF NOT EXISTS answers (rater TEXT, question TEXT, rating INTEGER NOT NULL CHECK (rating BETWEEN 1 AND 5), "
+            "at TEXT NOT NULL DEFAULT CURRENT_TIMESTAMP, PRIMARY KEY (rater, question))"
+        )
+        connection.commit()
+        return connection
+
+    def answer(self, rater: str, question: str, rating: int) -> None:
+        """The last answer of a rater to a question counts. Raises UsageError for a question or rating that does not exist."""
+        if question not in self.by_id:
+            raise UsageError(f"no question {question!r} in this study")
+        if rating not in SCALE:
+            raise UsageError(f"a rating is 1 to 5, not {rating}")
+        with closing(self.database()) as connection, connection:
+            connection.execute(
+                "INSERT INTO answers (rater, question, rating) VALUES (?, ?, ?) "
+                "ON CONFLICT (rater, question) DO UPDATE SET rating = excluded.rating, at = CURRENT_TIMESTAMP",
+                (rater, question, rating),
+            )
+
+    def answered(self, rater: str) -> dict[str, int]:
+        """Question id -> rating."""
+        with closing(self.database()) as connection:
+            return dict(connection.execute("SELECT question, rating FROM answers WHERE rater = ?", (rater,)))
+
+    def answers(self) -> list[tuple[str, str, int]]:
+        """(rater, question id, rating) of everybody."""
+        with closing(self.database()) as connection:
+            rows = connection.execute("SELECT rater, question, rating FROM answers ORDER BY rater, question").fetchall()
+        return [row for row in rows if row[1] in self.by_id]
+
+
+def create(
+    folder: Path,
+    *,
+    references: Path,
+    methods: Mapping[str, Path],
+    questions: int = 40,
+    seed: int = 0,
+    title: str = "How well does the image capture the identity?",
+    note: str = "",
+) -> Study:
+    """A study from folders of pictures: REFERENCES/CONCEPT/*, and METHOD/CONCEPT/* of every method, equal file names for equal prompts.
+
+    `questions` are drawn by whole items (one concept and prompt, a picture of every method), the concepts in turn. Raises UsageError
+    where a method lacks a concept's picture, nothing is left to ask, or a file is no picture; nothing is written then.
+    """
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UsageError(f"{folder} exists and is not an empty folder; give another one")
+    if len(methods) < 2:
+        raise UsageError(f"a study compares at least two methods; seen {', '.join(methods) or 'none'}")
+    shown = {method: _pictures(path) for method, path in methods.items()}
+    known = _pictures(references)
+    items = sorted(set.intersection(*({(c, name) for c, files in found.items() for name in files} for found in shown.values())))
+    if not items:
+        raise UsageError(
+            "the methods share no picture: each needs CONCEPT/NAME.png with the same names; seen "
+            + ", ".join(f"{method}: {sum(map(len, found.values()))} pictures of {len(found)} concepts" for method, found in shown.items())
+        )
+    lacking = sorted({concept for concept, _ in items} - set(known))
+    if lacking:
+        raise UsageError(f"no references for {', '.join(lacking)}; put their pictures into {references}/CONCEPT")
+    rng = random.Random(seed)
+    chosen = _in_turn(items, max(1, questions // len(methods)), rng)
+    part = folder.with_name(f".{folder.name}.part")
+    shutil.rmtree(part, ignore_errors=True)
+    (part / "pictures").mkdir(parents=True)
+    try:
+        told: dict[str, tuple[str, ...]] = {}
+        for concept in dict.fromkeys(concept for concept, _ in chosen):
+            told[concept] = tuple(_copy(path, part, rng) for path in sorted(known[concept].values())[:4])
+        asked = [
+            Question(_opaque(rng), method, concept, _copy(shown[method][concept][name], part, rng), told[concept], f"{concept}/{name}")
+            for concept, name in chosen
+            for method in methods
+        ]
+        described = {"title": title, "note": note, "questions": [asdict(question) for question in asked]}
+        (part / "study.json").write_text(json.dumps(described, indent=1) + "\n")
+        if folder.exists():
+            folder.rmdir()
+        os.replace(part, folder)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+    return Study(folder)
+
+
+def score(study: Study, *, seed: int = 0) -> tuple[list[MethodScore], int, float | None]:
+    """Per method the mean rating, the number of raters, and their agreement: Krippendorff's alpha for interval data, None if undefined.
+
+    Methods stand best first. With no answers the list is empty: nothing is made up.
+    """
+    answers = study.answers()
+    raters = sorted({rater for rater, _, _ in answers})
+    items = sorted({question.item for question in study.questions})
+    scores = []
+    generator = np.random.default_rng(seed)
+    for method in study.methods:
+        table = np.full((len(raters), len(items)), np.nan)
+        for rater, question, rating in answers:
+            asked = study.by_id[question]
+            if asked.method == method:
+                table[raters.index(rater), items.index(asked.item)] = rating
+        count = int((~np.isnan(table)).sum())
+        if count:
+            drawn = [_mean_of_draw(table, generator) for _ in range(DRAWS)]
+            low, high = np.nanquantile(drawn, (0.025, 0.975))
+            scores.append(MethodScore(method, float(np.nanmean(table)), float(low), float(high), count))
+    return sorted(scores, key=lambda one: -one.mean), len(raters), agreement(study)
+
+
+def agreement(study: Study) -> float | None:
+    """Krippendorff's alpha over all questions, interval distance; None with fewer than two raters of a question, or no variation."""
+    import krippendorff
+
+    answers = study.answers()
+    raters, questions = sorted({rater for rater, _, _ in answers}), [question.id for question in study.questions]
+    table = np.full((len(raters), len(questions)), np.nan)
+    for rater, question, rating in answers:
+        table[raters.index(rater), questions.index(question)] = rating
+    paired = (~np.isnan(table)).sum(0) > 1
+    values = table[:, paired]
+    if not paired.any() or len(np.unique(values[~np.isnan(values)])) < 2:
+        return None
+    return float(krippendorff.alpha(reliability_data=values, level_of_measurement="interval"))
+
+
+def _mean_of_draw(table: np.ndarray, generator: np.random.Generator) -> float:
+    rows, columns = (generator.integers(0, size, size) for size in table.shape)
+    drawn = table[np.ix_(rows, columns)]
+    return float("nan") if np.isnan(drawn).all() else float(np.nanmean(drawn))
+
+
+def _pictures(folder: Path) -> dict[str, dict[str, Path]]:
+    """Concept -> file stem -> file."""
+    if not folder.is_dir():
+        raise UsageError(f"{folder} is not a folder; give one that holds CONCEPT/NAME.png")
+    found: dict[str, dict[str, Path]] = {}
+    for path in sorted(folder.glob("*/*")):
+        if path.suffix.lower() in PICTURES:
+            found.setdefault(path.parent.name, {})[path.stem] = path
+    if not found:
+        raise UsageError(f"{folder} holds no pictures: it needs CONCEPT/NAME.png")
+    return found
+
+
+def _in_turn(items: Sequence[tuple[str, str]], count: int, rng: random.Random) -> list[tuple[str, str]]:
+    """`count` items at random, the concepts taking turns."""
+    waiting: dict[str, list[tuple[str, str]]] = {}
+    for item in rng.sample(list(items), len(items)):
+        waiting.setdefault(item[0], []).append(item)
+    chosen: list[tuple[str, str]] = []
+    while len(chosen) < count and waiting:
+        for concept in list(waiting):
+            chosen.append(waiting[concept].pop())
+            if not waiting[concept]:
+                del waiting[concept]
+    return chosen[:count]
+
+
+def _opaque(rng: random.Random) -> str:
+    return f"{rng.getrandbits(64):016x}"
+
+
+def _copy(path: Path, folder: Path, rng: random.Random) -> str:
+    """The pixels alone under a name that says nothing: a PNG's text fields would give the method away."""
+    name = f"{_opaque(rng)}.png"
+    try:
+        with Image.open(path) as image:
+            plain = image.convert("RGB")
+            Image.frombytes("RGB", plain.size, plain.tobytes()).save(folder / "pictures" / name)
+    except (UnidentifiedImageError, OSError) as error:
+        raise UsageError(f"{path} is not a picture that can be read ({error})") from error
+    return name
+
+
+def new_rater() -> str:
+    return secrets.token_hex(16)
