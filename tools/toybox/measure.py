@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 from PIL import Image
-from world import PLAIN, SCENES, Person, Picture, base_person, caption, identities
+from world import PLAIN, SCENES, Person, Picture, base_person, caption, identities, named_people
 
 from loraclr.adapter import Adapter
 from loraclr.formats import load_adapter
@@ -48,6 +48,19 @@ def base_agreement(pipeline: Pipeline, judge: Judge, count: int) -> dict[str, fl
     read = judge.read(pictures(pipeline, prompts))
     out = {name: float(agreement(read, [{name: t[name]} for t in told], judge.heads).mean()) for name in told[0]}
     return {"all": sum(out.values()) / len(out), **out}
+
+
+def named_identity(pipeline: Pipeline, judge: Judge, count: int) -> dict[str, float]:
+    """Identity attributes of people whom the base knows by name, where the prompt tells the name, and where it tells the class word alone."""
+    people = dict(list(named_people().items())[:count])
+    out = {}
+    for label, calls in (
+        ("by name", {name: f"{name} {p.noun}" for name, p in people.items()}),
+        ("class word", {n: p.noun for n, p in people.items()}),
+    ):
+        read = judge.read(pictures(pipeline, [f"a photo of a {call}" for call in calls.values()]))
+        out[label] = float(agreement(read, [person.identity for person in people.values()], judge.heads).mean())
+    return out
 
 
 def spread(pipeline: Pipeline, words: Sequence[str]) -> float:
@@ -91,6 +104,8 @@ def main() -> None:
     pipeline, judge = Pipeline.load(arguments.base), Judge.load(arguments.judge)
     report: dict[str, object] = {"base": base_agreement(pipeline, judge, arguments.count)}
     print(json.dumps(report["base"]), flush=True)
+    report["named people"] = named_identity(pipeline, judge, arguments.count // 2)
+    print("named people", json.dumps(report["named people"]), flush=True)
     words = {"trigger words": list(identities())[:8], "expressions": ["smiling", "sad", "angry", "surprised"]}
     report["text states"] = {kind: round(spread(pipeline, some), 4) for kind, some in words.items()}
     print("text states", json.dumps(report["text states"]), flush=True)
