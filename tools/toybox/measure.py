@@ -51,7 +51,7 @@ def base_agreement(pipeline: Pipeline, judge: Judge, count: int) -> dict[str, fl
 
 
 def named_identity(pipeline: Pipeline, judge: Judge, count: int) -> dict[str, float]:
-    """Identity attributes of people whom the base knows by name, where the prompt tells the name, and where it tells the class word alone."""
+    """Identity attributes of people whom the base knows by name, by the name, and by the class word alone."""
     people = dict(list(named_people().items())[:count])
     out = {}
     for label, calls in (
