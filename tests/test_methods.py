@@ -7,6 +7,7 @@ import pytest
 import torch
 from problems import NAME, features, make_problem, relative
 
+from loraclr import linalg
 from loraclr.adapter import DenseLayer, LoraLayer
 from loraclr.errors import MergeError, NumericalError, UsageError
 from loraclr.methods import METHODS, LayerMethod, cross_talk, make_method, method_names, parameters, residuals
@@ -543,6 +544,25 @@ def test_growth_is_called_out():
     solution = PLAIN.solve(problem)
     assert solution.diagnostics["growth"] > 10 and "raise `ridge`" in solution.advice
     assert not Loraclr(preservation=0.0, margin=0.0, ridge=0.1).solve(problem).advice
+
+
+@pytest.mark.parametrize("rows", [20, 1])
+def test_the_metric_of_a_solution_cuts_to_the_optimum_at_that_rank(rows):
+    """J(D) - J(D*) is ||(D - D*) M^(1/2)||^2 for every D, so the nearest of rank r in M is the best of rank r in J."""
+    problem = make_problem(3, rows=rows, rank=1)
+    quadratic = Quadratic.of(problem, ridge=0.1, preservation=0.3, normalise=True)
+    solution = make_method("loraclr", ridge=0.1, preservation=0.3, margin=0.0).solve(problem)
+    cut = linalg.truncate_aware(solution.up, solution.down, 1, metric=solution.metric())
+    plain = linalg.truncate(solution.up, solution.down, 1)
+
+    def above(delta):
+        return quadratic.value_and_gradient(quadratic.up.T @ delta)[0] - quadratic.value_and_gradient(quadratic.up.T @ solution.delta())[0]
+
+    own = relative(cut.up @ cut.down, solution.delta())
+    assert own > 1e-3
+    gap = (cut.up @ cut.down) - solution.delta()
+    assert above(cut.up @ cut.down) == pytest.approx(float(((gap @ solution.metric()) * gap).sum()), rel=1e-9)
+    assert above(cut.up @ cut.down) < above(plain.up @ plain.down)
 
 
 def test_svd_truncates_and_says_so():

@@ -12,6 +12,7 @@ import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -234,7 +235,12 @@ def merge(
             for concept, (_, path) in zip(concepts, sources, strict=True)
         ),
         tuple(receipts),
-        {"loraclr": __version__, "torch": str(torch.__version__), "python": platform.python_version()},
+        {
+            "loraclr": __version__,
+            "python": platform.python_version(),
+            "torch": str(torch.__version__),
+            **({name: version(name) for name in ("diffusers", "transformers")} if base is not None else {}),
+        },
         seed,
         dataclasses.asdict(settings) if collecting else None,
         {key: round(value, 3) for key, value in seconds.items()},
@@ -356,6 +362,8 @@ def _factors(problem: LayerProblem, solution: LayerSolution, rank: int | None) -
         return Truncation(*nothing, 0.0)
     if limit >= up.shape[1]:
         return Truncation(up, down, 0.0)
+    if solution.metric is not None:
+        return truncate_aware(up, down, limit, metric=solution.metric())
     if problem.statistics is None:
         return truncate(up, down, limit)
     per_row = [m.scaled(1 / m.count) for m in problem.statistics.fit.values() if m.count]

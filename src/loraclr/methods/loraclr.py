@@ -113,7 +113,9 @@ class Loraclr(Checked):
             notes["data_gradient_over_lambda"] = pull
             if not v.any():
                 status, advice = "zero", f"the penalty outweighs the data, whose gradient is {pull:.2g} of lambda; lower `penalty`"
-        return LayerSolution.of_factors(quadratic.up, v, status=status, advice=advice, **notes)
+        return LayerSolution.of_factors(
+            quadratic.up, v, status=status, advice=advice, metric=quadratic.with_mu(quadratic.mu + extra).metric, **notes
+        )
 
     def _certify(self, problem: LayerProblem, up: Tensor, v: Tensor) -> tuple[str, Tensor, Contrast]:
         """The certificate of the convex minimiser Q V, empty where the hinge is active; the distances it rests on, and their contrast.
