@@ -17,6 +17,7 @@ from torch import Tensor
 from loraclr.errors import NumericalError
 
 JITTER = (1e-12, 1e-10, 1e-8)  # times the mean diagonal, tried in turn
+BLOCK = 512  # columns of a Gram computed at a time
 NULL = 1e-12  # eigenvalues of a Gram below this share of the largest are rounding, not signal
 
 
@@ -29,9 +30,16 @@ class Truncation(NamedTuple):
 
 
 def gram(rows: Tensor) -> Tensor:
-    """X^T X (in, in), float64, of rows (rows, in) of any float type."""
+    """X^T X (in, in), float64, of rows (rows, in) of any float type: one half is computed, the other mirrored."""
     rows = rows.detach().to(torch.float64)
-    return rows.T @ rows
+    width = rows.shape[1]
+    square = rows.new_empty(width, width)
+    for start in range(0, width, BLOCK):
+        stop = start + BLOCK
+        part = rows[:, start:stop].T @ rows[:, :stop]
+        square[start:stop, :stop] = part
+        square[:start, start:stop] = part[:, :start].T
+    return square
 
 
 def svd_of_product(up: Tensor, down: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -125,22 +133,34 @@ def ridge_solve(right: Tensor, square: Tensor, mu: float) -> Tensor:
     return solution.T
 
 
-def dual_solve(targets: Tensor, rows: Tensor, kernel: Tensor, mu: float) -> Tensor:
-    """The V (k, in) that minimises ||X V^T - C||^2 + mu ||V||^2, for fewer rows than features.
+def dual_coefficients(targets: Tensor, kernel: Tensor, mu: float) -> Tensor:
+    """The a (rows, k) with (X X^T + mu I) a = C, for `kernel` = X X^T and C = `targets` (rows, k): the optimum is V = a^T X.
 
-    C = `targets` (rows, k), X = `rows` (rows, in), `kernel` = X X^T. With mu = 0 it is the solution of least norm, (X^+ C)^T.
+    With mu = 0 it is the one of least norm.
     """
     if mu > 0:
         lifted = kernel.clone()
         lifted.diagonal().add_(mu)
         solution: Tensor = torch.cholesky_solve(targets, cholesky(lifted, "the kernel of the rows"))
-        return solution.T @ rows
+        return solution
     if not bool(torch.isfinite(kernel).all()):
         raise NumericalError("the kernel of the rows holds NaN or infinity; collect the features in float32")
     values, vectors = torch.linalg.eigh(kernel)
     inverse = torch.where(values > NULL * values.max().clamp(min=0), 1 / values, torch.zeros_like(values))
-    solution = vectors @ (inverse[:, None] * (vectors.T @ targets))
-    return solution.T @ rows
+    return vectors @ (inverse[:, None] * (vectors.T @ targets))
+
+
+def dual_solve(targets: Tensor, rows: Tensor, kernel: Tensor, mu: float) -> Tensor:
+    """The V (k, in) that minimises ||X V^T - C||^2 + mu ||V||^2, for fewer rows than features.
+
+    C = `targets` (rows, k), X = `rows` (rows, in), `kernel` = X X^T. With mu = 0 it is the solution of least norm, (X^+ C)^T.
+    """
+    return dual_coefficients(targets, kernel, mu).T @ rows
+
+
+def dual_norm(coefficients: Tensor, targets: Tensor, mu: float) -> float:
+    """||V||_F of V = a^T X from the coefficients a alone: <a, X X^T a> with X X^T a = C - mu a."""
+    return float((coefficients * (targets - mu * coefficients)).sum().clamp(min=0).sqrt())
 
 
 def secular_root(norm: Callable[[float], float], target: float, *, start: float, rtol: float = 1e-9, steps: int = 200) -> float:

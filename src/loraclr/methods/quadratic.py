@@ -121,16 +121,19 @@ class Quadratic:
         size = float(self.right.norm())
         if size <= multiplier:
             return torch.zeros_like(self.right), float("inf")
-        found: dict[float, Tensor] = {}
+        found: dict[float, Tensor] = {}  # V, or in the dual form the coefficients that it is made of: the last one tried
 
         def norm(mu: float) -> float:
             found.clear()
+            if self.targets is not None and self.prior is None:
+                found[mu] = linalg.dual_coefficients(self.targets, self.square, self.mu + mu)
+                return linalg.dual_norm(found[mu], self.targets, self.mu + mu)
             found[mu] = self.minimiser(mu)
             return float(found[mu].norm())
 
         energy = float(self.square.trace()) / self.right.shape[1] + self.mu
         root = linalg.secular_root(norm, multiplier, start=min(1.0, multiplier / size) * energy)
-        return found[root], root
+        return found[root].T @ self.rows if self.rows is not None and self.prior is None else found[root], root
 
     def least(self, minimiser: Tensor, extra: float = 0.0) -> float:
         """q at what `minimiser(extra)` returned."""
