@@ -147,7 +147,8 @@ def dual_coefficients(targets: Tensor, kernel: Tensor, mu: float) -> Tensor:
         raise NumericalError("the kernel of the rows holds NaN or infinity; collect the features in float32")
     values, vectors = torch.linalg.eigh(kernel)
     inverse = torch.where(values > NULL * values.max().clamp(min=0), 1 / values, torch.zeros_like(values))
-    return vectors @ (inverse[:, None] * (vectors.T @ targets))
+    least: Tensor = vectors @ (inverse[:, None] * (vectors.T @ targets))
+    return least
 
 
 def dual_solve(targets: Tensor, rows: Tensor, kernel: Tensor, mu: float) -> Tensor:
