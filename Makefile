@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 
-.PHONY: help demo test check fix bench
+.PHONY: help demo test check fix bench fuzz
 
 help:
 	@echo "make demo    merge twelve concepts offline and write demo/report.html"
@@ -11,6 +11,7 @@ help:
 	@echo "make check   lint, formatting, types"
 	@echo "make fix     mend what the linter and the formatter can"
 	@echo "make bench   the solver against the published optimiser"
+	@echo "make fuzz    12,000 damaged files through every reader"
 
 demo: .venv/diffusion.stamp
 	$(BIN)/loraclr demo
@@ -29,6 +30,9 @@ fix: .venv/dev.stamp
 
 bench: .venv/dev.stamp
 	$(BIN)/python -m benchmarks.solver
+
+fuzz: .venv/dev.stamp
+	$(BIN)/python tests/fuzzing.py 12000
 
 # torch goes first and alone: resolved together with the rest, pip may choose a build that brings gigabytes of CUDA packages.
 .venv/torch.stamp: constraints.txt

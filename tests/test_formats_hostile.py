@@ -174,6 +174,11 @@ class TestTorch:
             (tmp_path / "a.pth").write_bytes(whole[:cut])
             refused(tmp_path / "a.pth", "a.pth")
 
+    def test_a_zip_whose_end_claims_several_disks(self, tmp_path):
+        locator = struct.pack("<4sLQL", b"PK\x06\x07", 0, 0, 2)  # zipfile.is_zipfile raises on it
+        (tmp_path / "a.pth").write_bytes(b"PK\x03\x04" + locator + struct.pack("<4s4H2LH", b"PK\x05\x06", 0, 0, 0, 0, 0, 0, 0))
+        refused(tmp_path / "a.pth", "cannot be unpickled")
+
     def test_a_zip_that_unpacks_to_gigabytes(self, tmp_path):
         with (
             zipfile.ZipFile(tmp_path / "a.pth", "w", zipfile.ZIP_DEFLATED) as archive,

@@ -137,9 +137,9 @@ def _folders(path: Path) -> list[str]:
 
 def _read_torch(path: Path) -> Content:
     """`{"params": {section: {name: tensor}}, "metadata": {...}}`, unpickled with weights_only and nothing else."""
-    if not zipfile.is_zipfile(path):
-        raise FormatError("is no torch zip file (torch 1.6 or later); fetch it again, or load and save it where you trust it")
     try:
+        if not zipfile.is_zipfile(path):  # which raises, too, on some damage
+            raise FormatError("is no torch zip file (torch 1.6 or later); fetch it again, or load and save it where you trust it")
         with zipfile.ZipFile(path) as archive:
             unpacked = sum(entry.file_size for entry in archive.infolist())
         if unpacked > path.stat().st_size + _ZIP_SLACK:
