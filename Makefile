@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 
-.PHONY: help demo test check fix bench fuzz
+.PHONY: help demo test check fix bench fuzz crash
 
 help:
 	@echo "make demo    merge twelve concepts offline and write demo/report.html"
@@ -12,6 +12,7 @@ help:
 	@echo "make fix     mend what the linter and the formatter can"
 	@echo "make bench   the solver against the published optimiser"
 	@echo "make fuzz    12,000 damaged files through every reader"
+	@echo "make crash   kill merges at random moments and look at what is left"
 
 demo: .venv/diffusion.stamp
 	$(BIN)/loraclr demo
@@ -33,6 +34,9 @@ bench: .venv/dev.stamp
 
 fuzz: .venv/dev.stamp
 	$(BIN)/python tests/fuzzing.py 12000
+
+crash: .venv/dev.stamp
+	$(BIN)/python -W ignore tests/crashing.py 200
 
 # torch goes first and alone: resolved together with the rest, pip may choose a build that brings gigabytes of CUDA packages.
 .venv/torch.stamp: constraints.txt
