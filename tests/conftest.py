@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Callable
+from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before the first import of a Hugging Face library: no test may reach for the network
 
@@ -100,3 +101,22 @@ def tiny_pipe(_tiny_original) -> Callable[[], object]:
         return pipe
 
     return make
+
+
+@pytest.fixture(scope="session")
+def tiny_clip(tmp_path_factory) -> Path:
+    """A folder with a random CLIP (pictures of 16 pixels, 32 tokens, 24 features), its processor and its tokenizer."""
+    from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel
+
+    folder = tmp_path_factory.mktemp("clip")
+    tokenizer = tiny_tokenizer()
+    tokenizer.model_max_length = 32
+    layers = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    text = {"vocab_size": len(tokenizer), "max_position_embeddings": 32, "bos_token_id": 512, "eos_token_id": 513, "pad_token_id": 513}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        config = CLIPConfig(text_config=layers | text, vision_config=layers | {"image_size": 16, "patch_size": 8}, projection_dim=24)
+        CLIPModel(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    CLIPImageProcessorPil(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16}).save_pretrained(folder)
+    return folder

@@ -24,7 +24,9 @@ ORDER = (
     ("collect",),
     ("merge",),
     ("generate",),
+    ("evaluate",),
     ("toybox", "web"),
+    ("judges",),
     ("cli",),
 )
 LEVEL = {name: level for level, row in enumerate(ORDER) for name in row}
@@ -97,7 +99,7 @@ def test_importing_the_package_imports_nothing_heavy():
 
 
 def test_help_does_not_import_torch():
-    for words in (["--help"], ["merge", "--help"], ["generate", "--help"], ["--version"]):
+    for words in (["--help"], ["merge", "--help"], ["generate", "--help"], ["evaluate", "--help"], ["--version"]):
         assert not modules_after(f"from loraclr.cli import main\nassert main({words}) == 0") & {
             "torch",
             "numpy",
@@ -127,5 +129,5 @@ def test_type_checkers_see_the_same_public_names():
 
 @pytest.mark.parametrize("first", ["import loraclr.collect", "from loraclr.generate import Region", "from loraclr import merge", "pass"])
 def test_a_verb_is_its_function_whichever_import_came_first(first):
-    check = "import loraclr\nfor verb in ('collect', 'merge', 'generate'): assert callable(getattr(loraclr, verb)), verb"
+    check = "import loraclr\nfor verb in ('collect', 'merge', 'generate', 'evaluate'): assert callable(getattr(loraclr, verb)), verb"
     modules_after(f"{first}\n{check}\nfrom loraclr.merge import MergeResult\nfrom loraclr import methods\nassert methods.METHODS")

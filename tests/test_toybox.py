@@ -13,7 +13,7 @@ from loraclr.errors import UsageError
 from loraclr.formats import describe, load_adapter
 from loraclr.toybox import SPLITS, Toybox, open_toybox
 from loraclr.toybox.judge import Judge, agreement, nearest_identity
-from loraclr.toybox.score import SCORE_TEMPLATES, interval, score
+from loraclr.toybox.score import SCORE_TEMPLATES, score
 
 HEADS = {"hair": ("bob", "bun"), "skin": ("pale", "dark", "tan")}
 
@@ -123,15 +123,6 @@ def test_scores_name_the_right_person(box):
         candidates={one: box.concepts[one].attributes for one in box.names("development")},
     )
     assert float(scores.named.mean()) >= 0.75 and bool(scores.told.isnan().all())
-
-
-def test_interval_holds_the_mean_and_shrinks_with_more_values():
-    values = torch.tensor([0.0, 1.0] * 50)
-    low, high = interval(values)
-    assert low < 0.5 < high
-    narrow = interval(values.repeat(16))
-    assert narrow[1] - narrow[0] < (high - low) / 2
-    assert interval(values) == (low, high)
 
 
 def test_the_page_is_one_file_with_everything_in_it(box, tmp_path):

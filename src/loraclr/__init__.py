@@ -18,8 +18,10 @@ if TYPE_CHECKING:
     from loraclr.adapter import Adapter, DenseLayer, LoraLayer
     from loraclr.collect import Collection, Concept, collect
     from loraclr.errors import FormatError, LoraclrError, MergeError, NumericalError, PipelineError, UsageError
+    from loraclr.evaluate import Evaluation, Subject, Variant, evaluate
     from loraclr.formats import describe, load_adapter, save_adapter
     from loraclr.generate import Generated, Region, generate, parse_region
+    from loraclr.judges import open_judge
     from loraclr.merge import LayerReceipt, MergeResult, MergeWarning, merge
     from loraclr.methods import METHODS, LayerMethod, LayerProblem, LayerSolution, make_method
     from loraclr.pipeline import Pipeline
@@ -32,6 +34,7 @@ __all__ = [
     "Collection",
     "Concept",
     "DenseLayer",
+    "Evaluation",
     "FormatError",
     "Generated",
     "LayerMethod",
@@ -48,16 +51,20 @@ __all__ = [
     "Pipeline",
     "PipelineError",
     "Region",
+    "Subject",
     "Toybox",
     "UsageError",
+    "Variant",
     "__version__",
     "collect",
     "describe",
+    "evaluate",
     "generate",
     "load_adapter",
     "load_statistics",
     "make_method",
     "merge",
+    "open_judge",
     "open_toybox",
     "parse_region",
     "save_adapter",
@@ -71,8 +78,10 @@ _HOMES = {
         "adapter": ("Adapter", "DenseLayer", "LoraLayer"),
         "collect": ("Collection", "Concept", "collect"),
         "errors": ("FormatError", "LoraclrError", "MergeError", "NumericalError", "PipelineError", "UsageError"),
+        "evaluate": ("Evaluation", "Subject", "Variant", "evaluate"),
         "formats": ("describe", "load_adapter", "save_adapter"),
         "generate": ("Generated", "Region", "generate", "parse_region"),
+        "judges": ("open_judge",),
         "merge": ("LayerReceipt", "MergeResult", "MergeWarning", "merge"),
         "methods": ("METHODS", "LayerMethod", "LayerProblem", "LayerSolution", "make_method"),
         "pipeline": ("Pipeline",),

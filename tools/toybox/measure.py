@@ -19,10 +19,11 @@ from PIL import Image
 from world import PLAIN, SCENES, Person, Picture, base_person, caption, identities, named_people
 
 from loraclr.adapter import Adapter
+from loraclr.evaluate import interval
 from loraclr.formats import load_adapter
 from loraclr.pipeline import Pipeline
 from loraclr.toybox.judge import Judge, agreement
-from loraclr.toybox.score import SCORE_TEMPLATES, Scores, interval, score
+from loraclr.toybox.score import SCORE_TEMPLATES, Scores, score
 
 
 def pictures(pipeline: Pipeline, prompts: Sequence[str], *, seed: int = 0, size: tuple[int, int] | None = None) -> list[Image.Image]:

@@ -67,6 +67,27 @@ def weights(texts: Sequence[str], names: Sequence[str]) -> list[float] | None:
     return [found.get(name, 1.0) for name in names]
 
 
+def by_name(texts: Sequence[str], names: Sequence[str], what: str) -> dict[str, str]:
+    """`[NAME=]WORDS` words: without NAME they hold for all names that have none of their own."""
+    found: dict[str, str] = {}
+    common: list[str] = []
+    for text in texts:
+        if "=" not in text:
+            common.append(text.strip())
+            continue
+        name, value = pair(text, what)
+        if name not in names:
+            near = difflib.get_close_matches(name, names, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise UsageError(f"{what} {text!r}: the concepts are {', '.join(names)}{hint}")
+        if name in found:
+            raise UsageError(f"{what} {name} is given twice; keep one")
+        found[name] = value
+    if len(common) > 1 or not all(common):
+        raise UsageError(f"{what} without a name is given {len(common)} times or without words; give it once, or as NAME=WORDS")
+    return {name: common[0] for name in names if common} | found
+
+
 def number(text: str, what: str) -> float:
     try:
         value = float(text)

@@ -17,6 +17,8 @@ from PIL import Image
 
 from loraclr.errors import UsageError
 from loraclr.pipeline import Pipeline
+from loraclr.toybox.clip import ToyClip
+from loraclr.toybox.face import ToyFace
 from loraclr.toybox.judge import Judge
 
 DATA = Path(__file__).parent / "data"
@@ -53,10 +55,24 @@ class Toybox:
     def judge(self) -> Judge:
         return Judge.load(self.data / "judge.safetensors")
 
+    @cached_property
+    def clip(self) -> ToyClip:
+        return ToyClip.load(self._weights("clip"))
+
+    @cached_property
+    def face(self) -> ToyFace:
+        return ToyFace.load(self._weights("face"))
+
     def names(self, split: str = "development") -> list[str]:
         if split not in SPLITS:
             raise UsageError(f"no split called {split!r}; the splits are {' and '.join(SPLITS)}")
         return [name for name, concept in self.concepts.items() if concept.split == split]
+
+    def _weights(self, name: str) -> Path:
+        path = self.data / f"{name}.safetensors"
+        if not path.is_file():
+            raise UsageError(f"this toybox has no {path.name}; train one with tools/toybox/{name}.py and give its path: toy{name}:FILE")
+        return path
 
     def adapter_paths(self, split: str = "development") -> dict[str, Path]:
         """One adapter file per identity of the split."""

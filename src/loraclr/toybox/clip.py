@@ -24,6 +24,8 @@ LENGTH = 48  # words of a caption that are read
 class ToyClip(nn.Module):
     """`vocabulary` are the words it knows; others are read as one unknown word."""
 
+    name = "toyclip"
+
     def __init__(self, vocabulary: Sequence[str], width: int = 32, size: int = 128) -> None:
         super().__init__()
         self.vocabulary = tuple(vocabulary)

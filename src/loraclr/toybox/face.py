@@ -16,11 +16,14 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
+from loraclr.evaluate import Limit
 from loraclr.toybox.judge import convolutions, tensor
 
 
 class ToyFace(nn.Module):
     """(n, 3, 64, 64) pictures in [-1, 1] -> (n, SIZE) embeddings of length 1."""
+
+    name = "toyface"
 
     def __init__(self, width: int = 32, size: int = 64, threshold: float = 0.0) -> None:
         super().__init__()
@@ -36,6 +39,14 @@ class ToyFace(nn.Module):
         """(n, size) unit vectors. Two pictures show the same person if their product reaches `threshold`."""
         out: Tensor = self.eval()(tensor(images))
         return out
+
+    @property
+    def limit(self) -> Limit:
+        return Limit(self.threshold, "cosine")
+
+    def embed_faces(self, images: Sequence[Image.Image]) -> list[Tensor]:
+        """Per picture (1, size): it takes every picture for one face, and so never says that there is none."""
+        return [row[None] for row in self.embed(images)]
 
     @staticmethod
     def load(path: str | Path) -> ToyFace:

@@ -12,8 +12,9 @@ from string import Template
 
 from PIL.Image import Image, Resampling
 
+from loraclr.evaluate import interval
 from loraclr.merge import MergeResult
-from loraclr.toybox.score import Scores, interval
+from loraclr.toybox.score import Scores
 
 
 @dataclass(frozen=True, eq=False)

@@ -57,12 +57,3 @@ def score(
         (found == right).double(),
         agreement(read, told, judge.heads),
     )
-
-
-def interval(values: Tensor, *, seed: int = 0, draws: int = 2000) -> tuple[float, float]:
-    """Bootstrap 95 % interval of the mean of (n,) values."""
-    generator = torch.Generator().manual_seed(seed)
-    kept = values[~values.isnan()]
-    means = kept[torch.randint(len(kept), (draws, len(kept)), generator=generator)].mean(1)
-    low, high = torch.quantile(means, torch.tensor([0.025, 0.975], dtype=means.dtype))
-    return float(low), float(high)

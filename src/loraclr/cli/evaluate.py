@@ -1,0 +1,204 @@
+"""`loraclr evaluate`: how well adapters keep their concepts, on any base, with the user's judges."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from loraclr.cli import parse, show
+from loraclr.errors import UsageError
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from loraclr.adapter import Adapter
+    from loraclr.evaluate import Estimate, Evaluation, Subject, Variant
+
+COLUMNS = {
+    "text": "text",
+    "image": "image",
+    "identity": "identity",
+    "identity_any": "any reference",
+    "face_cosine": "cosine",
+    "face_distance": "distance",
+    "no_face": "no face",
+    "leakage": "leakage",
+}
+
+
+def evaluate(
+    base: Annotated[str, typer.Option(help="Base model: a diffusers folder or a hub id.", show_default=False)],
+    lora: Annotated[
+        list[str],
+        typer.Option(
+            metavar="[LABEL=]FILE[:SCALE]",
+            help="Adapter to evaluate, or a folder with a CONCEPT.* file for each concept; repeatable, on equal prompts and seeds.",
+            show_default=False,
+        ),
+    ],
+    prompts: Annotated[
+        Path, typer.Option(metavar="FILE", help="One prompt a line, {} or <TOK> for the concept's words.", show_default=False)
+    ],
+    references: Annotated[
+        Path, typer.Option(metavar="DIR", help="Pictures of the concept, or CONCEPT/ folders of them.", show_default=False)
+    ],
+    judge: Annotated[str, typer.Option(metavar="JUDGE", help="clip:PATH_OR_ID or toyclip.", show_default=False)],
+    output: Annotated[
+        Path, typer.Option(metavar="DIR", help="Folder for pictures and evaluation.json; made if missing.", show_default=False)
+    ],
+    face_judge: Annotated[
+        str | None, typer.Option(metavar="JUDGE", help="arcface:FILE.onnx, dlib or toyface; without one, no identity.", show_default=False)
+    ] = None,
+    trigger: Annotated[
+        list[str],
+        typer.Option(metavar="[CONCEPT=]WORDS", help="The words that call a concept; repeatable.", show_default="as the files say"),
+    ] = [],  # noqa: B006
+    class_: Annotated[
+        list[str],
+        typer.Option(
+            "--class",
+            metavar="[CONCEPT=]WORDS",
+            help="What kind of thing it is, such as woman, for the base and the text judge; repeatable.",
+            show_default="last word of the call",
+        ),
+    ] = [],  # noqa: B006
+    seeds: Annotated[int, typer.Option(min=1, metavar="N", help="Pictures per concept and prompt: seeds 0 to N-1.")] = 4,
+    steps: Annotated[int, typer.Option(help="Denoising steps.")] = 20,
+    guidance: Annotated[float, typer.Option(help="How strictly prompts are followed; 1 switches guidance off.")] = 4.0,
+    negative: Annotated[str, typer.Option(help="What to stay away from.")] = "",
+    size: Annotated[str | None, typer.Option(metavar="HxW", help="Height and width in pixels.", show_default="the model's own")] = None,
+    batch: Annotated[int, typer.Option(help="Pictures drawn at once.")] = 4,
+    download: Annotated[bool, typer.Option("--download", help="Let clip: fetch a hub id that is not cached.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Text, image and identity alignment of adapters, beside the base without them, with intervals.
+
+    Pictures of the same settings are kept from run to run: an interrupted evaluation goes on where it stopped.
+    """
+    asked = None if size is None else parse.size(size)
+
+    from loraclr.evaluate import evaluate as run
+    from loraclr.evaluate import read_prompts, read_references
+    from loraclr.judges import open_face_judge, open_picture_judge
+    from loraclr.pipeline import Pipeline
+
+    templates, shown = read_prompts(prompts), read_references(references)
+    variants = _variants(lora, list(shown))
+    subjects = _subjects(shown, variants, trigger, class_)
+    with show.progress(quiet=json) as tell:
+        found = run(
+            Pipeline.load(base),
+            variants,
+            subjects,
+            prompts=templates,
+            judge=open_picture_judge(judge, download=download),
+            face=None if face_judge is None else open_face_judge(face_judge),
+            output=output,
+            seeds=range(seeds),
+            steps=steps,
+            guidance=guidance,
+            negative=negative,
+            size=asked,
+            batch_size=batch,
+            progress=tell,
+        )
+    if json:
+        show.as_json(found.report())
+    else:
+        _show(found, output)
+
+
+def _variants(texts: Sequence[str], concepts: Sequence[str]) -> dict[str, Variant]:
+    """Label -> adapter, or adapters by concept where a folder holds one file for each."""
+    from loraclr.evaluate import Variant
+    from loraclr.formats import load_adapter
+
+    found: dict[str, Variant] = {}
+    for text in texts:
+        label, equals, rest = text.partition("=")
+        path, scale = parse.lora(rest if equals and not Path(text).exists() else text)
+        name = label if equals and not Path(text).exists() else parse.adapter_name(path)
+        if name in found:
+            raise UsageError(f"--lora: two adapters are called {name!r}; write LABEL=FILE")
+        if path.is_dir() and not any(path.rglob("adapter_config.json")):
+            files = {concept: _of_concept(path, concept) for concept in concepts}
+            found[name] = Variant({concept: load_adapter(file) for concept, file in files.items()}, scale)
+        else:
+            found[name] = Variant(load_adapter(path), scale)
+    return found
+
+
+def _of_concept(folder: Path, concept: str) -> Path:
+    files = [path for path in sorted(folder.iterdir()) if parse.adapter_name(path) == concept and path.suffix != ".json"]
+    if len(files) != 1:
+        seen = ", ".join(path.name for path in files) or "no file"
+        raise UsageError(f"--lora {folder}: {seen} for concept {concept}; a folder needs one adapter named after each concept")
+    return files[0]
+
+
+def _subjects(
+    shown: Mapping[str, Sequence[Image]], variants: Mapping[str, Variant], triggers: Sequence[str], classes: Sequence[str]
+) -> list[Subject]:
+    from loraclr.evaluate import Subject, call_of, noun_of
+
+    calls, nouns = parse.by_name(triggers, list(shown), "--trigger"), parse.by_name(classes, list(shown), "--class")
+    subjects, problems = [], []
+    for name, pictures in shown.items():
+        own = ((variant.of(name), not _is_one(variant.adapters) or len(shown) == 1) for variant in variants.values())
+        call = calls.get(name) or next(filter(None, (call_of(adapter, name, alone=alone) for adapter, alone in own)), None)
+        noun = nouns.get(name) or (noun_of(call) if call else None)
+        if call is None:
+            problems.append(f"no file says which words call {name}: --trigger {name}=WORDS")
+        elif noun is None:
+            problems.append(f"what kind of thing is {name}, called by {call!r}? --class {name}=WORDS")
+        else:
+            subjects.append(Subject(name, call, noun, pictures))
+    if problems:
+        raise UsageError("; ".join(problems))
+    return subjects
+
+
+def _is_one(adapters: Adapter | Mapping[str, Adapter]) -> bool:
+    return not isinstance(adapters, Mapping)
+
+
+def _show(found: Evaluation, output: Path) -> None:
+    metrics = [metric for metric in COLUMNS if any(metric in row.values for row in found.rows)]
+    titles = [COLUMNS[metric] for metric in metrics]
+    concepts, count = len(found.settings["concepts"]), len(found.rows[1].concepts)
+    table = show.table("", *titles, numbers=tuple(titles), title=f"{concepts} concept(s), {count} pictures a row")
+    for row in found.rows:
+        estimates = row.estimates()
+        table.add_row(row.label, *(_cell(estimates.get(metric)) for metric in metrics))
+    differences = show.table("difference", *titles, numbers=tuple(titles))
+    for label, against, estimates in found.differences():
+        differences.add_row(f"{label} - {against}", *(_cell(estimates.get(metric), sign=True) for metric in metrics))
+    show.out.print(table, "", differences, "")
+    for row in found.rows[1:]:
+        if row.confusion is not None:
+            names = [concept["name"] for concept in found.settings["concepts"]]
+            passes = show.table(f"{row.label}: asked", *names, numbers=tuple(names), title="passes for" if row is found.rows[1] else None)
+            for name, rates in zip(names, row.confusion, strict=True):
+                passes.add_row(name, *(f"{rate:.2f}" for rate in rates))
+            show.out.print(passes, "")
+    limit = found.settings["limit"]
+    if limit is not None:
+        sign = ">=" if limit["kind"] == "cosine" else "<="
+        show.out.print(
+            f"{found.settings['face_judge']}: one person at {limit['kind']} {sign} {limit['value']:g}", style="dim", markup=False
+        )
+    show.out.print(
+        "text: CLIPScore; brackets: 95 % bootstrap over concepts, prompts and seeds, of paired pictures in differences", style="dim"
+    )
+    kept = f", {found.kept} were there" if found.kept else ""
+    show.out.print(f"drawn: {found.drawn} pictures{kept}\nwritten: {output / 'evaluation.json'}", markup=False)
+
+
+def _cell(value: Estimate | None, *, sign: bool = False) -> str:
+    if value is None or value.count == 0:
+        return "-"
+    form = "+.3f" if sign else ".3f"
+    return rf"{value.mean:{form}} \[{value.low:{form}}, {value.high:{form}}]"

@@ -1,0 +1,56 @@
+"""VERB. Adapters x concepts x prompts x seeds -> text, image and identity alignment, with controls and intervals.
+
+`metrics` and `intervals` are pure functions of features and values; `evaluate` draws and judges; encoders are passed in.
+"""
+
+from __future__ import annotations
+
+from loraclr.evaluate.evaluation import Evaluation, Row
+from loraclr.evaluate.intervals import Estimate, estimate, interval, paired
+from loraclr.evaluate.judging import FaceJudge, PictureJudge
+from loraclr.evaluate.metrics import (
+    Identity,
+    Limit,
+    acceptance,
+    centres,
+    clip_score,
+    closest,
+    confusion,
+    identity,
+    image_alignment,
+    leakage,
+    nearest,
+    text_cosine,
+)
+from loraclr.evaluate.subjects import Subject, call_of, noun_of, read_prompts, read_references
+from loraclr.evaluate.trial import Variant, evaluate
+
+__all__ = [
+    "Estimate",
+    "Evaluation",
+    "FaceJudge",
+    "Identity",
+    "Limit",
+    "PictureJudge",
+    "Row",
+    "Subject",
+    "Variant",
+    "acceptance",
+    "call_of",
+    "centres",
+    "clip_score",
+    "closest",
+    "confusion",
+    "estimate",
+    "evaluate",
+    "identity",
+    "image_alignment",
+    "interval",
+    "leakage",
+    "nearest",
+    "noun_of",
+    "paired",
+    "read_prompts",
+    "read_references",
+    "text_cosine",
+]

@@ -1,0 +1,98 @@
+"""What a trial is about: concepts with their words and reference pictures, and prompts with a place for the words."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from loraclr.adapter import Adapter
+from loraclr.errors import UsageError
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+PLACES = ("{}", "<TOK>")
+ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+
+
+@dataclass(frozen=True, eq=False)
+class Subject:
+    """A concept as a trial sees it. `noun` stands for `call` where no adapter knows it: in the base's prompts, and in the text that
+    pictures are compared with."""
+
+    name: str
+    call: str  # `rhea woman`, or `<rhea1> <rhea2>`
+    noun: str  # `woman`
+    references: Sequence[Image]
+
+
+def template(prompt: str) -> str:
+    """The prompt with its one {} or <TOK> written as {}."""
+    if sum(prompt.count(place) for place in PLACES) != 1:
+        raise UsageError(f"prompt {prompt!r} needs exactly one {{}} or <TOK>, where the concept's words go")
+    return prompt.replace("<TOK>", "{}")
+
+
+def fill(template: str, words: str) -> str:
+    """The words in place of {}; without words the place closes up."""
+    return re.sub(r"\s+([,.]|$)", r"\1", " ".join(template.replace("{}", words).split()))
+
+
+def read_prompts(path: str | Path) -> list[str]:
+    """One prompt a line; empty lines and lines that start with # are passed over."""
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{path} is no UTF-8 text ({error.reason}); give a text file with one prompt a line") from error
+    prompts = [line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#")]
+    if not prompts:
+        raise UsageError(f"{path} holds no prompt; write one a line, with {{}} where the concept's words go")
+    return list(dict.fromkeys(template(prompt) for prompt in prompts))
+
+
+def read_references(folder: str | Path) -> dict[str, list[Image]]:
+    """Pictures of DIR/CONCEPT/ by concept; or of DIR itself, which is then one concept of that name."""
+    root = Path(folder)
+    if not root.is_dir():
+        raise UsageError(f"{root} is not a folder; give one with pictures, or with CONCEPT/ folders of pictures")
+    inside = {path.name: found for path in sorted(root.iterdir()) if path.is_dir() and (found := _pictures(path))}
+    own = _pictures(root)
+    if bool(inside) == bool(own):
+        seen = "both pictures and folders of pictures" if own else f"no pictures ({', '.join(ENDINGS)})"
+        raise UsageError(f"{root} holds {seen}; give either pictures of one concept, or CONCEPT/ folders of pictures")
+    chosen = inside or {root.resolve().name: own}
+    return {name: [_read(path) for path in paths] for name, paths in chosen.items()}
+
+
+def call_of(adapter: Adapter, name: str, *, alone: bool) -> str | None:
+    """The words that call concept `name`: as the merge's receipt states them, or those of an adapter that holds it `alone`."""
+    try:
+        inputs = json.loads(adapter.metadata["loraclr.receipt"])["inputs"]
+        stated = {str(entry["name"]): str(entry["call"] or "") for entry in inputs}
+    except (KeyError, ValueError, TypeError):
+        return (" ".join(adapter.tokens) or next(iter(adapter.triggers), None)) if alone else None
+    return stated.get(name) or None
+
+
+def noun_of(call: str) -> str | None:
+    """The class noun in a plain call: `woman` of `rhea woman`. None where the call is one word, or learned tokens."""
+    words = call.split()
+    return words[-1] if len(words) > 1 and not re.fullmatch(r"<.*>", words[-1]) else None
+
+
+def _pictures(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.iterdir() if path.suffix.lower() in ENDINGS)
+
+
+def _read(path: Path) -> Image:
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        with Image.open(path) as image:
+            return image.convert("RGB")
+    except (UnidentifiedImageError, OSError) as error:
+        raise UsageError(f"{path} is not a picture that can be read ({error}); replace or remove it") from error

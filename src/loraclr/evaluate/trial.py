@@ -1,0 +1,227 @@
+"""A trial: every concept under every prompt and seed, with each adapter and without any, judged against references.
+
+All rows share prompts and seeds, so their differences are paired. Pictures lie on disk with the settings that made them, and are
+drawn again only where these changed: a killed trial goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from importlib.metadata import version
+from itertools import groupby
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from loraclr import __version__
+from loraclr.adapter import Adapter, LoraLayer
+from loraclr.errors import UsageError
+from loraclr.evaluate.evaluation import Evaluation
+from loraclr.evaluate.judging import FaceJudge, Judges, PictureJudge
+from loraclr.evaluate.subjects import Subject, fill, template
+from loraclr.generate import Generated, generate
+from loraclr.pipeline import GUIDANCE, STEPS, Pipeline
+
+BASE, REFERENCES = "base", "references"  # the rows that every trial has
+SEEDS = (0, 1, 2, 3)
+
+
+@dataclass(frozen=True, eq=False)
+class Variant:
+    """What is compared: one adapter that holds all concepts, or by concept one of its own."""
+
+    adapters: Adapter | Mapping[str, Adapter]
+    scale: float = 1.0
+
+    def of(self, concept: str) -> Adapter:
+        return self.adapters if isinstance(self.adapters, Adapter) else self.adapters[concept]
+
+
+def evaluate(
+    pipeline: Pipeline,
+    variants: Mapping[str, Variant | Adapter],
+    subjects: Sequence[Subject],
+    *,
+    prompts: Sequence[str],
+    judge: PictureJudge,
+    output: str | Path,
+    face: FaceJudge | None = None,
+    seeds: Sequence[int] = SEEDS,
+    steps: int = STEPS,
+    guidance: float = GUIDANCE,
+    negative: str = "",
+    size: tuple[int, int] | None = None,
+    batch_size: int = 4,
+    progress: Callable[[str, float], None] | None = None,
+) -> Evaluation:
+    """Draw, judge, and tabulate: one row per variant, and two controls.
+
+    The control `base` has no adapter and the class noun in place of the call; `references` is how the judges rate each reference
+    picture against the others of its concept, which is about the best that generated pictures can reach. `prompts` hold one {} or
+    <TOK> each for the concept's words. Pictures go to OUTPUT/pictures/LABEL/CONCEPT/, the result to OUTPUT/evaluation.json. Without
+    a face judge there is no identity. Raises UsageError with everything that is wrong with the arguments before anything is drawn.
+    """
+    templates = [template(prompt) for prompt in prompts]
+    wanted = {label: variant if isinstance(variant, Variant) else Variant(variant) for label, variant in variants.items()}
+    _check(wanted, subjects, templates, seeds, batch_size)
+    pixels = pipeline.check_settings(seeds=seeds, steps=steps, guidance=guidance, size=size)
+    settings: dict[str, object] = {
+        "base": _digest_of_base(pipeline),
+        "steps": steps,
+        "guidance": guidance,
+        "negative": negative,
+        "size": list(pixels),
+        "scheduler": pipeline.scheduler_name,
+        "dtype": str(pipeline.dtype),
+        "versions": {"loraclr": __version__, "torch": version("torch"), "diffusers": version("diffusers")},
+    }
+    tell = progress or (lambda what, share: None)
+    root = Path(output)
+    judges = Judges(judge, face, subjects)
+    jobs = [(number, seed) for number in range(len(templates)) for seed in seeds]
+    drawn, rows = 0, [judges.references(REFERENCES)]
+    labels: list[tuple[str, Variant | None]] = [(BASE, None), *wanted.items()]
+    for label, variant in labels:
+        paths: list[Path] = []
+        for index, subject in enumerate(subjects):
+            adapter = None if variant is None else variant.of(subject.name)
+            scale = 1.0 if variant is None else variant.scale
+            words = subject.noun if variant is None else subject.call
+            made_by = settings | ({} if adapter is None else {"adapter": _digest(adapter), "scale": scale})
+            pictures = [
+                _Picture(prompt, seed, _key(made_by, prompt, seed), root / "pictures" / label / subject.name / f"{number:02d}-{seed}.png")
+                for number, prompt in enumerate((fill(text, words) for text in templates), start=1)
+                for seed in seeds
+            ]
+            missing = [picture for picture in pictures if not picture.there()]
+            with pipeline.applied(adapter, scale=scale) if adapter is not None and missing else nullcontext():
+                for part in _products(missing):
+                    run = generate(
+                        pipeline,
+                        list(dict.fromkeys(picture.prompt for picture in part)),
+                        seeds=list(dict.fromkeys(picture.seed for picture in part)),
+                        steps=steps,
+                        guidance=guidance,
+                        negative=negative,
+                        size=pixels,
+                        batch_size=batch_size,
+                    )
+                    for picture, made in zip(part, run, strict=True):
+                        picture.keep(made)
+                        drawn += 1
+                        tell(f"drawing {label}", (index + pictures.index(picture) / len(pictures)) / len(subjects))
+            paths += [picture.path for picture in pictures]
+        tell(f"drawing {label}", 1.0)
+        rows.append(judges.row(label, paths, templates, jobs, output=root, tell=tell))
+    result = Evaluation(
+        tuple(rows),
+        {
+            **settings,
+            "base": pipeline.source,
+            "prompts": templates,
+            "seeds": list(seeds),
+            "judge": judge.name,
+            "face_judge": None if face is None else face.name,
+            "limit": None if face is None else {"value": face.limit.value, "kind": face.limit.kind},
+            "concepts": [{"name": one.name, "call": one.call, "class": one.noun, "references": len(one.references)} for one in subjects],
+            "variants": {label: {"scale": variant.scale} for label, variant in wanted.items()},
+        },
+        drawn=drawn,
+        kept=len(labels) * len(subjects) * len(jobs) - drawn,
+    )
+    result.save(root / "evaluation.json")
+    return result
+
+
+def _check(
+    variants: Mapping[str, Variant], subjects: Sequence[Subject], templates: Sequence[str], seeds: Sequence[int], batch_size: int
+) -> None:
+    names = [subject.name for subject in subjects]
+    problems = []
+    if not variants or not subjects or not templates or not seeds or batch_size < 1:
+        problems.append("give at least one adapter, one concept, one prompt, one seed, and a batch of at least one picture")
+    if len(set(names)) < len(names) or len(set(seeds)) < len(seeds) or len(set(templates)) < len(templates):
+        problems.append("a concept, prompt or seed is given twice; keep one")
+    for kind, words in (("row", list(variants)), ("concept", names)):
+        if unsafe := [word for word in words if not word or word.startswith(".") or set(word) & set('/\\:*?"<>|')]:
+            problems.append(f"{kind} {unsafe[0]!r} cannot be a folder's name; choose another")
+    if taken := sorted({BASE, REFERENCES} & set(variants)):
+        problems.append(f"{taken[0]!r} is what a control is called; give the adapter another label")
+    for label, variant in variants.items():
+        if not isinstance(variant.adapters, Adapter) and (lacking := sorted(set(names) - set(variant.adapters))):
+            problems.append(f"{label} has no adapter of {', '.join(lacking)}")
+    problems += [f"concept {subject.name} has no reference pictures" for subject in subjects if not subject.references]
+    if problems:
+        raise UsageError("; ".join(problems))
+
+
+@dataclass(frozen=True)
+class _Picture:
+    """One picture of a trial, drawn or to be drawn. `key` is the digest of all that made it."""
+
+    prompt: str
+    seed: int
+    key: str
+    path: Path
+
+    def there(self) -> bool:
+        """Whether it lies there whole, made from the same settings."""
+        from PIL import Image, UnidentifiedImageError
+
+        try:
+            with Image.open(self.path) as image:
+                image.load()
+                stated = json.loads(image.text["loraclr"])["evaluation"]  # type: ignore[attr-defined]
+        except (OSError, UnidentifiedImageError, AttributeError, KeyError, ValueError, TypeError):
+            return False
+        return bool(stated == self.key)
+
+    def keep(self, made: Generated) -> None:
+        """Whole or not at all, also when interrupted."""
+        part = self.path.with_name(f".{self.path.stem}.part.png")
+        try:
+            replace(made, settings={**made.settings, "evaluation": self.key}).save(part).replace(self.path)
+        finally:
+            part.unlink(missing_ok=True)
+
+
+def _products(pictures: Sequence[_Picture]) -> Iterator[list[_Picture]]:
+    """Pictures, ordered by prompt, as runs that are every prompt with every seed."""
+    by_prompt = [list(part) for _, part in groupby(pictures, key=lambda picture: picture.prompt)]
+    for _, run in groupby(by_prompt, key=lambda part: [picture.seed for picture in part]):
+        yield [picture for part in run for picture in part]
+
+
+def _key(settings: Mapping[str, object], prompt: str, seed: int) -> str:
+    return hashlib.sha256(json.dumps({**settings, "prompt": prompt, "seed": seed}, sort_keys=True).encode()).hexdigest()
+
+
+def _digest(adapter: Adapter) -> str:
+    """Of what it does: layers, scales, learned tokens."""
+    whole = hashlib.sha256()
+    for layer in adapter:
+        parts = (layer.up, layer.down, torch.tensor(layer.scale)) if isinstance(layer, LoraLayer) else (layer.delta(),)
+        _add(whole, layer.name, parts)
+    for token, rows in sorted(adapter.tokens.items()):
+        _add(whole, token, (rows,))
+    return whole.hexdigest()
+
+
+def _digest_of_base(pipeline: Pipeline) -> str:
+    """Of the weights of every module that adapters can reach, so that a base trained anew under the same name is noticed."""
+    whole = hashlib.sha256()
+    for name in pipeline.modules:
+        _add(whole, name, (pipeline.base_weight(name),))
+    return whole.hexdigest()
+
+
+def _add(whole: hashlib._Hash, name: str, tensors: Sequence[Tensor]) -> None:
+    whole.update(name.encode())
+    for tensor in tensors:
+        whole.update(repr((tensor.dtype, tuple(tensor.shape))).encode())
+        whole.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
