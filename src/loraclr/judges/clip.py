@@ -85,7 +85,7 @@ class ClipJudge:
 def _rows(out: Any) -> Tensor:
     """transformers 5 wraps what transformers 4 returned."""
     features: Tensor = out if isinstance(out, Tensor) else out.pooler_output
-    return normalize(features.float(), dim=-1).cpu().clone()
+    return normalize(features.float(), dim=-1).cpu()
 
 
 def _folder(source: str, *, download: bool) -> Path:
