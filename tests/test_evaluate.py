@@ -53,14 +53,14 @@ class Faces:
     """The upper half is a face, the lower another; a picture whose left upper pixel is not green enough has none."""
 
     name = "faces"
-    limit = Limit(0.8, "cosine")
+    limit = Limit(0.65, "cosine")
 
     def embed_faces(self, images):
         found = []
         for image in images:
             pixels = torch.from_numpy(np.asarray(image, np.float32)) - 127.5
             halves = torch.stack([part.mean((0, 1)) for part in pixels.chunk(2)])
-            found.append(halves if pixels[0, 0, 1] > -20 else torch.empty(0, 3))
+            found.append(halves if pixels[0, 0, 1] > 10 else torch.empty(0, 3))
         return found
 
 
@@ -106,15 +106,22 @@ def test_rows_are_two_controls_and_the_variants_on_equal_prompts_and_seeds(pipel
     assert found.drawn == 3 * 2 * 2 * 2 and found.kept == 0
     base, single, merged = found.rows[1:]
     assert base.factors == single.factors == merged.factors
-    assert base.factors == (("ada",) * 4 + ("ben",) * 4, ("a photo of a {}, near water",) * 2 + ("{} at night",) * 2 + base.prompts[:4], (3, 5) * 4)
+    assert base.factors == (
+        ("ada",) * 4 + ("ben",) * 4,
+        ("a photo of a {}, near water",) * 2 + ("{} at night",) * 2 + base.prompts[:4],
+        (3, 5) * 4,
+    )
     assert sorted(files(tmp_path)) == sorted(file for row in found.rows[1:] for file in row.files)
     assert merged.files[3] == "pictures/merged/ada/02-5.png"
 
 
 def test_pictures_are_those_of_generate_and_say_how_they_were_made(pipeline, subjects, tmp_path):
     found = run(pipeline, subjects, tmp_path)
+    assert found.settings["base"] == pipeline.source
+    single = found.settings["variants"]["single"]["adapters"]
+    assert single["ben"]["name"] == "ben" and single["ada"]["sha256"] != single["ben"]["sha256"]
     settings = {"seeds": [3, 5], "steps": 1, "guidance": 1.0}
-    (ada, ben, _), folder = three(pipeline), tmp_path / "pictures"
+    ben, folder = three(pipeline)[1], tmp_path / "pictures"
     wanted = {"base": list(generate(pipeline, ["a photo of a man, near water", "man at night"], **settings))}
     with pipeline.applied(ben):
         wanted["single"] = list(generate(pipeline, ["a photo of a <ben>, near water", "<ben> at night"], **settings))
@@ -147,10 +154,11 @@ def test_values_are_those_of_the_pure_functions(pipeline, subjects, tmp_path):
         assert torch.equal(row.values["identity_any"][part], own.any_reference)
         assert torch.allclose(row.values["face_cosine"][part], own.closeness, equal_nan=True)
         assert row.confusion[index][index] == pytest.approx(float(own.accepted.mean()))
-    assert 0 < float(row.values["no_face"].mean()) < 1  # the fake judge is put to some work
+    assert {0.0, 1.0} == set(row.values["no_face"].tolist()) == set(row.values["identity"].tolist())  # the fake judge has some work
     rates = np.array(row.confusion)
+    assert rates[1, 0] > 0
     assert float(row.values["leakage"].mean()) == pytest.approx((rates[0, 1] + rates[1, 0]) / 2)
-    assert dict(row.curve)[0.8] == pytest.approx(float(row.values["identity"].mean()))
+    assert dict(row.curve)[0.65] == pytest.approx(float(row.values["identity"].mean()))
 
 
 def test_the_references_row_leaves_each_picture_out_of_its_own_comparison(pipeline, subjects, tmp_path):
@@ -160,6 +168,18 @@ def test_the_references_row_leaves_each_picture_out_of_its_own_comparison(pipeli
     assert float(row.values["image"][0]) == pytest.approx(float(image_alignment(first[None], torch.stack([second, third]))))
     # ada's third reference has another colour: its cosine to the mean of the first two is -.79
     assert row.values["identity"].tolist() == [0, 0, 0, 1, 1] and float(row.values["face_cosine"][2]) < 0
+
+
+def test_a_reference_that_has_nothing_to_be_compared_with_is_no_value(pipeline, tmp_path):
+    one_face = Subject("ada", "ada woman", "woman", colours((200, 140, 90), (200, 100, 90)))
+    alone = Subject("ben", "ben man", "man", colours((90, 160, 130)))
+    row = run(pipeline, [one_face, alone], tmp_path, variants={"ada": three(pipeline)[0]}).row("references")
+    assert row.concepts == ("ada", "ada") and len(row.values["image"]) == 2
+    # Without the first there is no face to compare with; the second has none itself.
+    assert row.values["identity"].tolist() == pytest.approx([math.nan, 0], nan_ok=True)
+    assert row.values["no_face"].tolist() == pytest.approx([math.nan, 1], nan_ok=True)
+    none = run(pipeline, [alone], tmp_path, variants={"ada": three(pipeline)[0]}).row("references")
+    assert none.concepts == () and none.values == {} and none.estimates() == {}
 
 
 def test_estimates_and_differences_draw_concepts_prompts_and_seeds(pipeline, subjects, tmp_path):
@@ -240,7 +260,7 @@ def test_a_killed_trial_goes_on_to_the_result_of_an_unbroken_one(pipeline, subje
     [
         ({"prompts": ["no place"]}, "exactly one {} or <TOK>"),
         ({"prompts": ["a {} and a <TOK>"]}, "exactly one {} or <TOK>"),
-        ({"prompts": ["a {}", "a <TOK>"]}, "given twice"),
+        ({"prompts": ["a {}", "a  <TOK>"]}, "given twice"),
         ({"prompts": []}, "at least one adapter, one concept, one prompt"),
         ({"seeds": [1, 1]}, "given twice"),
         ({"variants": {}}, "at least one adapter"),
@@ -273,7 +293,7 @@ def test_without_a_face_judge_there_is_no_identity(pipeline, subjects, tmp_path)
 
 
 def test_templates_close_up_where_words_are_dropped():
-    assert template("a <TOK>, smiling") == "a {}, smiling"
+    assert template("a <TOK>, smiling") == template(" a  <TOK> , smiling ") == "a {}, smiling"
     assert fill("a photo of a {}, near {braces}", "man") == "a photo of a man, near {braces}"
     assert fill("a photo of a {} , at night", "") == "a photo of a, at night" and fill("a smiling {}", "") == "a smiling"
 

@@ -34,7 +34,7 @@ def test_two_clusters_by_hand():
     assert interval(values, factors=[concepts]) == (0.0, 1.0)
     assert interval(values, factors=[concepts], level=0.4) == (0.5, 0.5)
     low, high = interval(values)
-    assert 0.2 < low and high < 0.8  # as if 20 pictures were 20 concepts
+    assert low > 0.2 and high < 0.8  # as if 20 pictures were 20 concepts
 
 
 def test_a_factor_without_influence_changes_nothing():

@@ -91,7 +91,7 @@ def test_identity_by_distance_keeps_lengths():
 def test_the_rate_falls_as_the_cosine_asked_for_rises(closeness, limits):
     values = torch.tensor([*closeness, math.nan], dtype=torch.float64)
     rates = acceptance(values, sorted(limits), "cosine")
-    assert rates == sorted(rates, reverse=True) and 0 <= min(rates) and max(rates) < 1  # the picture without a face never counts
+    assert rates == sorted(rates, reverse=True) and min(rates) >= 0 and max(rates) < 1  # the picture without a face never counts
     assert acceptance(-values.abs(), sorted(abs(limit) for limit in limits), "l2") == sorted(
         acceptance(-values.abs(), [abs(limit) for limit in limits], "l2")
     )

@@ -280,7 +280,9 @@ def detector(path: Path, *, key_points: bool = True) -> None:
                 table[0] = {"score": [1], "box": [0, 0, 112 / 8, 112 / 8], "points": np.array(POINTS).ravel() / 8}[kind]
             name = f"{kind}{stride}"
             constants.append(numpy_helper.from_array(table, f"{name}_table"))
-            nodes.append(helper.make_node(*(("Mul", [f"{name}_table", "light"]) if kind == "score" else ("Identity", [f"{name}_table"])), [name]))
+            nodes.append(
+                helper.make_node(*(("Mul", [f"{name}_table", "light"]) if kind == "score" else ("Identity", [f"{name}_table"])), [name])
+            )
             outputs.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, [count, width]))
     graph = helper.make_graph(
         nodes, "detector", [helper.make_tensor_value_info("input", TensorProto.FLOAT, [1, 3, SIDE, SIDE])], outputs, constants
@@ -329,8 +331,8 @@ def test_arcface_needs_its_detector(pack):
 
 
 def test_arcface_says_which_file_is_what(pack):
+    shutil.copy(pack / "det_made_up.onnx", pack / "wrong.onnx")
     with pytest.raises(UsageError, match=r"insightface takes it for: detection.; check which file is which"):
-        shutil.copy(pack / "det_made_up.onnx", pack / "wrong.onnx")
         open_judge(f"arcface:{pack / 'wrong.onnx'}")
     (pack / "broken.onnx").write_bytes(b"\x00nothing")
     with pytest.raises(UsageError, match="broken.onnx is no ONNX network that loads"):

@@ -88,14 +88,15 @@ def evaluate(
     templates, shown = read_prompts(prompts), read_references(references)
     variants = _variants(lora, list(shown))
     subjects = _subjects(shown, variants, trigger, class_)
+    eyes, face = open_picture_judge(judge, download=download), None if face_judge is None else open_face_judge(face_judge)
     with show.progress(quiet=json) as tell:
         found = run(
             Pipeline.load(base),
             variants,
             subjects,
             prompts=templates,
-            judge=open_picture_judge(judge, download=download),
-            face=None if face_judge is None else open_face_judge(face_judge),
+            judge=eyes,
+            face=face,
             output=output,
             seeds=range(seeds),
             steps=steps,

@@ -112,23 +112,29 @@ class Judges:
         )
 
     def references(self, label: str) -> Row:
-        """Each reference against the others of its concept. No text, and nothing where a concept has a single picture."""
-        image, own = [], []
-        for index, seen in enumerate(self.seen):
-            others = [torch.cat([seen[:k], seen[k + 1 :]]) for k in range(len(seen))]
-            image += [metrics.image_alignment(seen[k : k + 1], rest) for k, rest in enumerate(others) if len(rest)]
-            if self.face is not None:
-                found = self.known[index]
-                for k, faces in enumerate(found):
+        """Each reference against the others of its concept, NaN where these have no face. No text; concepts of one picture are left out."""
+        image: list[Tensor] = []
+        own: list[metrics.Identity] = []
+        names: list[str] = []
+        for index, (subject, seen) in enumerate(zip(self.subjects, self.seen, strict=True)):
+            if len(seen) < 2:
+                continue
+            names += [subject.name] * len(seen)
+            for k in range(len(seen)):
+                image.append(metrics.image_alignment(seen[k : k + 1], torch.cat([seen[:k], seen[k + 1 :]])))
+                if self.face is not None:
+                    found = self.known[index]
                     rest = [*found[:k], *found[k + 1 :]]
-                    if any(len(one) for one in rest):
-                        own.append(metrics.identity([faces], rest, self.face.limit))
-        counts = [len(subject.references) for subject in self.subjects]
+                    comparable = any(len(one) for one in rest)
+                    own.append(metrics.identity([found[k]], rest, self.face.limit) if comparable else _NOTHING)
         values = {"image": torch.cat(image)} if image else {}
-        names = tuple(s.name for s, count in zip(self.subjects, counts, strict=True) for _ in range(count) if count > 1)
-        if self.face is not None and len(own) == len(names) and own:
+        if self.face is not None and own:
             values |= _identities(own, self.face.limit)
-        return Row(label, names, ("",) * len(names), tuple(range(len(names))), values)
+        return Row(label, tuple(names), ("",) * len(names), tuple(range(len(names))), values)
+
+
+_NAN = torch.full((1,), torch.nan, dtype=torch.float64)
+_NOTHING = metrics.Identity(_NAN, _NAN, _NAN, _NAN)
 
 
 def _identities(parts: Sequence[metrics.Identity], limit: Limit) -> dict[str, Tensor]:

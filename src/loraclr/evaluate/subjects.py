@@ -31,10 +31,10 @@ class Subject:
 
 
 def template(prompt: str) -> str:
-    """The prompt with its one {} or <TOK> written as {}."""
+    """The prompt with its one {} or <TOK> written as {}, and evenly spaced."""
     if sum(prompt.count(place) for place in PLACES) != 1:
         raise UsageError(f"prompt {prompt!r} needs exactly one {{}} or <TOK>, where the concept's words go")
-    return prompt.replace("<TOK>", "{}")
+    return fill(prompt.replace("<TOK>", "{}"), "{}")
 
 
 def fill(template: str, words: str) -> str:

@@ -11,6 +11,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from importlib.metadata import version
 from itertools import groupby
 from pathlib import Path
@@ -71,7 +72,7 @@ def evaluate(
     _check(wanted, subjects, templates, seeds, batch_size)
     pixels = pipeline.check_settings(seeds=seeds, steps=steps, guidance=guidance, size=size)
     settings: dict[str, object] = {
-        "base": _digest_of_base(pipeline),
+        "weights": _digest_of_base(pipeline),
         "steps": steps,
         "guidance": guidance,
         "negative": negative,
@@ -80,19 +81,22 @@ def evaluate(
         "dtype": str(pipeline.dtype),
         "versions": {"loraclr": __version__, "torch": version("torch"), "diffusers": version("diffusers")},
     }
+    draw = partial(generate, pipeline, steps=steps, guidance=guidance, negative=negative, size=pixels, batch_size=batch_size)
     tell = progress or (lambda what, share: None)
     root = Path(output)
     judges = Judges(judge, face, subjects)
     jobs = [(number, seed) for number in range(len(templates)) for seed in seeds]
     drawn, rows = 0, [judges.references(REFERENCES)]
     labels: list[tuple[str, Variant | None]] = [(BASE, None), *wanted.items()]
+    unlike = {id(adapter): adapter for variant in wanted.values() for adapter in map(variant.of, (one.name for one in subjects))}
+    digests = {number: _digest(adapter) for number, adapter in unlike.items()}
     for label, variant in labels:
         paths: list[Path] = []
         for index, subject in enumerate(subjects):
             adapter = None if variant is None else variant.of(subject.name)
             scale = 1.0 if variant is None else variant.scale
             words = subject.noun if variant is None else subject.call
-            made_by = settings | ({} if adapter is None else {"adapter": _digest(adapter), "scale": scale})
+            made_by = settings | ({} if adapter is None else {"adapter": digests[id(adapter)], "scale": scale})
             pictures = [
                 _Picture(prompt, seed, _key(made_by, prompt, seed), root / "pictures" / label / subject.name / f"{number:02d}-{seed}.png")
                 for number, prompt in enumerate((fill(text, words) for text in templates), start=1)
@@ -100,21 +104,9 @@ def evaluate(
             ]
             missing = [picture for picture in pictures if not picture.there()]
             with pipeline.applied(adapter, scale=scale) if adapter is not None and missing else nullcontext():
-                for part in _products(missing):
-                    run = generate(
-                        pipeline,
-                        list(dict.fromkeys(picture.prompt for picture in part)),
-                        seeds=list(dict.fromkeys(picture.seed for picture in part)),
-                        steps=steps,
-                        guidance=guidance,
-                        negative=negative,
-                        size=pixels,
-                        batch_size=batch_size,
-                    )
-                    for picture, made in zip(part, run, strict=True):
-                        picture.keep(made)
-                        drawn += 1
-                        tell(f"drawing {label}", (index + pictures.index(picture) / len(pictures)) / len(subjects))
+                for picture in _drawn(missing, draw):
+                    drawn += 1
+                    tell(f"drawing {label}", (index + pictures.index(picture) / len(pictures)) / len(subjects))
             paths += [picture.path for picture in pictures]
         tell(f"drawing {label}", 1.0)
         rows.append(judges.row(label, paths, templates, jobs, output=root, tell=tell))
@@ -129,7 +121,15 @@ def evaluate(
             "face_judge": None if face is None else face.name,
             "limit": None if face is None else {"value": face.limit.value, "kind": face.limit.kind},
             "concepts": [{"name": one.name, "call": one.call, "class": one.noun, "references": len(one.references)} for one in subjects],
-            "variants": {label: {"scale": variant.scale} for label, variant in wanted.items()},
+            "variants": {
+                label: {
+                    "scale": variant.scale,
+                    "adapters": {
+                        one.name: {"name": variant.of(one.name).name, "sha256": digests[id(variant.of(one.name))]} for one in subjects
+                    },
+                }
+                for label, variant in wanted.items()
+            },
         },
         drawn=drawn,
         kept=len(labels) * len(subjects) * len(jobs) - drawn,
@@ -190,11 +190,15 @@ class _Picture:
             part.unlink(missing_ok=True)
 
 
-def _products(pictures: Sequence[_Picture]) -> Iterator[list[_Picture]]:
-    """Pictures, ordered by prompt, as runs that are every prompt with every seed."""
+def _drawn(pictures: Sequence[_Picture], draw: Callable[..., Iterator[Generated]]) -> Iterator[_Picture]:
+    """Each as soon as it is on disk. `draw` takes prompts x seeds, so pictures, ordered by prompt, go to it as runs of that shape."""
     by_prompt = [list(part) for _, part in groupby(pictures, key=lambda picture: picture.prompt)]
-    for _, run in groupby(by_prompt, key=lambda part: [picture.seed for picture in part]):
-        yield [picture for part in run for picture in part]
+    for seeds, run in groupby(by_prompt, key=lambda part: [picture.seed for picture in part]):
+        parts = list(run)
+        made = draw([part[0].prompt for part in parts], seeds=seeds)
+        for picture, one in zip([picture for part in parts for picture in part], made, strict=True):
+            picture.keep(one)
+            yield picture
 
 
 def _key(settings: Mapping[str, object], prompt: str, seed: int) -> str:
