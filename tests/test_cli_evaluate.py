@@ -13,9 +13,9 @@ from PIL import Image
 
 import loraclr
 from loraclr.cli import evaluate as command
-from loraclr.cli import main
+from loraclr.cli import main, show
 from loraclr.evaluate import Limit, trial
-from loraclr.formats import save_adapter
+from loraclr.formats import load_adapter, save_adapter
 from loraclr.merge import merge
 from loraclr.pipeline import Pipeline
 
@@ -41,8 +41,10 @@ def world(_tiny_original, tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def call(capsys, world, tiny_clip):
+def call(capsys, monkeypatch, world, tiny_clip):
     """`call(option, value, ..., lora=[...])` -> exit code, standard output, standard error."""
+
+    monkeypatch.setattr(show.out, "width", 200)  # wide enough for lines to stay whole
 
     def run(*words: object, lora=("loras",), references="references", judge=f"clip:{tiny_clip}") -> tuple[int, str, str]:
         pairs = [name.rpartition("=") for name in lora]
@@ -75,14 +77,31 @@ def test_singles_and_their_merge_side_by_side(call, world, tmp_path):
     assert (code, err) == (0, "") and "drawn: 0 pictures, 24 were there" in out
     image = report["rows"][3]["estimates"]["image"]
     assert f"{image['mean']:.3f} [{image['low']:.3f}, {image['high']:.3f}]" in out
-    assert all(word in out for word in ("2 concept(s), 8 pictures a row", "references", "merged - single", "evaluation.json"))
+    less = report["differences"][2]["estimates"]["image"]
+    assert f"{less['mean']:+.3f} [{less['low']:+.3f}, {less['high']:+.3f}]" in out
+    assert all(word in out for word in ("2 concept(s), 8 pictures a row", "references", "minus single", "evaluation.json"))
     assert "identity" not in out  # no face judge was given
 
 
 def test_one_concept_by_a_plain_folder_of_pictures(call, tmp_path):
     code, out, _ = call("--output", tmp_path, "--seeds", 1, lora=("loras/ada.safetensors",), references="references/ada")
-    assert code == 0 and "1 concept(s), 2 pictures a row" in out and "ada - base" in out
+    assert code == 0 and "1 concept(s), 2 pictures a row" in out and "minus base" in out and "minus ada" not in out
     assert sorted(path.name for path in (tmp_path / "pictures" / "ada" / "ada").iterdir()) == ["01-0.png", "02-0.png"]
+
+
+def test_folders_of_the_peft_kind(call, world, tmp_path):
+    """Both are folders: one that is an adapter, and one that holds an adapter for each concept."""
+    ada, ben = (load_adapter(world / "loras" / f"{name}.safetensors") for name in ("ada", "ben"))
+    (world / "folders").mkdir()
+    for adapter, place in ((ben, "folders/ben"), (ada, "folders/ada"), (ada, "both")):
+        save_adapter(adapter, world / place, format="peft")
+    code, out, err = call(
+        *("--trigger", "ada=ada woman", "--trigger", "ben=some man", "--output", tmp_path, "--seeds", 1, "--json"), lora=("folders", "both")
+    )
+    assert (code, err) == (0, "")
+    used = json.loads(out)["settings"]["variants"]
+    assert [used["folders"]["adapters"][name]["name"] for name in ("ada", "ben")] == ["ada", "ben"]
+    assert [used["both"]["adapters"][name]["name"] for name in ("ada", "ben")] == ["both", "both"]
 
 
 class Colours:

@@ -7,23 +7,27 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.markup import escape
+from rich.text import Text
 
 from loraclr.cli import parse, show
 from loraclr.errors import UsageError
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+    from rich.table import Table
 
     from loraclr.adapter import Adapter
     from loraclr.evaluate import Estimate, Evaluation, Subject, Variant
 
-COLUMNS = {
-    "text": "text",
+# What the table shows of a picture's values, in order.
+METRICS = {
+    "text": "text (CLIPScore)",
     "image": "image",
     "identity": "identity",
-    "identity_any": "any reference",
-    "face_cosine": "cosine",
-    "face_distance": "distance",
+    "identity_any": "identity, any reference",
+    "face_cosine": "cosine of faces",
+    "face_distance": "distance of faces",
     "no_face": "no face",
     "leakage": "leakage",
 }
@@ -124,7 +128,7 @@ def _variants(texts: Sequence[str], concepts: Sequence[str]) -> dict[str, Varian
         name = label if equals and not Path(text).exists() else parse.adapter_name(path)
         if name in found:
             raise UsageError(f"--lora: two adapters are called {name!r}; write LABEL=FILE")
-        if path.is_dir() and not any(path.rglob("adapter_config.json")):
+        if path.is_dir() and not any((path / part / "adapter_config.json").is_file() for part in ("", "unet", "text_encoder")):
             files = {concept: _of_concept(path, concept) for concept in concepts}
             found[name] = Variant({concept: load_adapter(file) for concept, file in files.items()}, scale)
         else:
@@ -167,39 +171,44 @@ def _is_one(adapters: Adapter | Mapping[str, Adapter]) -> bool:
 
 
 def _show(found: Evaluation, output: Path) -> None:
-    metrics = [metric for metric in COLUMNS if any(metric in row.values for row in found.rows)]
-    titles = [COLUMNS[metric] for metric in metrics]
-    concepts, count = len(found.settings["concepts"]), len(found.rows[1].concepts)
-    table = show.table("", *titles, numbers=tuple(titles), title=f"{concepts} concept(s), {count} pictures a row")
+    count = len(found.rows[1].concepts)
+    show.out.print(_metrics(found, f"{len(found.settings['concepts'])} concept(s), {count} pictures a row"), "")
+    names = [concept["name"] for concept in found.settings["concepts"]]
     for row in found.rows:
-        estimates = row.estimates()
-        table.add_row(row.label, *(_cell(estimates.get(metric)) for metric in metrics))
-    differences = show.table("difference", *titles, numbers=tuple(titles))
-    for label, against, estimates in found.differences():
-        differences.add_row(f"{label} - {against}", *(_cell(estimates.get(metric), sign=True) for metric in metrics))
-    show.out.print(table, "", differences, "")
-    for row in found.rows[1:]:
         if row.confusion is not None:
-            names = [concept["name"] for concept in found.settings["concepts"]]
-            passes = show.table(f"{row.label}: asked", *names, numbers=tuple(names), title="passes for" if row is found.rows[1] else None)
+            passes = show.table(f"{row.label}: asked", *names, numbers=tuple(names), title="share that passes for each concept")
             for name, rates in zip(names, row.confusion, strict=True):
                 passes.add_row(name, *(f"{rate:.2f}" for rate in rates))
             show.out.print(passes, "")
     limit = found.settings["limit"]
     if limit is not None:
         sign = ">=" if limit["kind"] == "cosine" else "<="
-        show.out.print(
-            f"{found.settings['face_judge']}: one person at {limit['kind']} {sign} {limit['value']:g}", style="dim", markup=False
-        )
-    show.out.print(
-        "text: CLIPScore; brackets: 95 % bootstrap over concepts, prompts and seeds, of paired pictures in differences", style="dim"
-    )
+        said = f"{found.settings['face_judge']}: one person at {limit['kind']} {sign} {limit['value']:g}"
+        show.out.print(said, style="dim", markup=False)
+    show.out.print("intervals: 95 % bootstrap over concepts, prompts and seeds; differences of the same ones", style="dim", markup=False)
     kept = f", {found.kept} were there" if found.kept else ""
     show.out.print(f"drawn: {found.drawn} pictures{kept}\nwritten: {output / 'evaluation.json'}", markup=False)
 
 
-def _cell(value: Estimate | None, *, sign: bool = False) -> str:
-    if value is None or value.count == 0:
-        return "-"
-    form = "+.3f" if sign else ".3f"
-    return rf"{value.mean:{form}} \[{value.low:{form}}, {value.high:{form}}]"
+def _metrics(found: Evaluation, title: str) -> Table:
+    """A block for each metric, a line for each row, with its differences to the base and to the first adapter."""
+    base, first, *others = [row.label for row in found.rows[1:]]
+    against = [base, first] if others else [base]
+    differences = {(of, to): estimates for of, to, estimates in found.differences()}
+    estimates = {row.label: row.estimates() for row in found.rows}
+    columns = ["mean", "95 %", *(f"minus {label}" for label in against)]
+    table = show.table("", *columns, numbers=tuple(columns), title=title)
+    for metric, name in METRICS.items():
+        if any(metric in values for values in estimates.values()):
+            table.add_row(Text(name, style="bold"))
+        for label, values in estimates.items():
+            if metric in values and values[metric].count:
+                own = values[metric]
+                less = [differences.get((label, to), {}).get(metric) for to in against]
+                cells = ["" if one is None or not one.count else f"{one.mean:+.3f} {_range(one, '+.3f')}" for one in less]
+                table.add_row(Text(f"  {label}"), f"{own.mean:.3f}", _range(own, ".3f"), *cells)
+    return table
+
+
+def _range(value: Estimate, form: str) -> str:
+    return escape(f"[{value.low:{form}}, {value.high:{form}}]")

@@ -32,7 +32,7 @@ def interval(
     Without `factors` every value is drawn by itself, as if all were independent. Each factor says, value by value, which level it
     belongs to (its concept, its prompt, its seed). The levels of each factor are then drawn anew, and a value counts as often as the
     product of its levels' draws: with one factor this is the cluster bootstrap, with several the pigeonhole bootstrap for crossed
-    factors (Owen 2007, arXiv 0711.0693), which errs towards wide. A factor with one level adds nothing: twenty pictures of one
+    factors (Owen 2007, arXiv 0712.1111), which errs towards wide. A factor with one level adds nothing: twenty pictures of one
     concept say nothing about other concepts. Raises UsageError for factors of another length.
     """
     wrong = [len(factor) for factor in factors if len(factor) != len(values)]

@@ -43,10 +43,12 @@ class FaceJudge(Protocol):
 
 
 class Judges:
-    """Both judges, with what they make of the references."""
+    """Both judges, with what they make of the references and of the texts."""
 
-    def __init__(self, judge: PictureJudge, face: FaceJudge | None, subjects: Sequence[Subject]) -> None:
-        self.judge, self.face, self.subjects = judge, face, subjects
+    def __init__(self, judge: PictureJudge, face: FaceJudge | None, subjects: Sequence[Subject], templates: Sequence[str]) -> None:
+        self.judge, self.face, self.subjects, self.templates = judge, face, subjects, templates
+        nouns = dict.fromkeys(["", *(subject.noun for subject in subjects)])
+        self.said = {noun: judge.embed_texts([fill(text, noun) for text in templates]) for noun in nouns}
         self.seen = [judge.embed_images(subject.references) for subject in subjects]
         self.known = [] if face is None else [face.embed_faces(subject.references) for subject in subjects]
         if face is not None:
@@ -61,7 +63,6 @@ class Judges:
         self,
         label: str,
         paths: Sequence[Path],
-        templates: Sequence[str],
         jobs: Sequence[tuple[int, int]],
         *,
         output: Path,
@@ -78,15 +79,12 @@ class Judges:
             tell(f"judging {label}", min(1.0, (start + _AT_ONCE) / len(paths)))
         pictures, count = torch.cat(seen), len(jobs)
         asked = torch.arange(len(self.subjects)).repeat_interleave(count)
-        said = {
-            words: self.judge.embed_texts([fill(text, words) for text in templates]) for words in {"", *(s.noun for s in self.subjects)}
-        }
         numbers = [number for number, _ in jobs]
-        told = torch.cat([said[subject.noun][numbers] for subject in self.subjects])
+        told = torch.cat([self.said[subject.noun][numbers] for subject in self.subjects])
         values = {
             "text": metrics.clip_score(pictures, told),
             "text_cosine": metrics.text_cosine(pictures, told),
-            "text_dropped": metrics.clip_score(pictures, said[""][numbers].repeat(len(self.subjects), 1)),
+            "text_dropped": metrics.clip_score(pictures, self.said[""][numbers].repeat(len(self.subjects), 1)),
             "image": torch.cat([metrics.image_alignment(pictures[asked == k], own) for k, own in enumerate(self.seen)]),
         }  # fmt: skip
         confusion = curve = None
@@ -103,7 +101,7 @@ class Judges:
         return Row(
             label,
             tuple(subject.name for subject in self.subjects for _ in jobs),
-            tuple(templates[number] for _ in self.subjects for number, _ in jobs),
+            tuple(self.templates[number] for _ in self.subjects for number, _ in jobs),
             tuple(seed for _ in self.subjects for _, seed in jobs),
             values,
             tuple(path.relative_to(output).as_posix() for path in paths),

@@ -84,7 +84,7 @@ def evaluate(
     draw = partial(generate, pipeline, steps=steps, guidance=guidance, negative=negative, size=pixels, batch_size=batch_size)
     tell = progress or (lambda what, share: None)
     root = Path(output)
-    judges = Judges(judge, face, subjects)
+    judges = Judges(judge, face, subjects, templates)
     jobs = [(number, seed) for number in range(len(templates)) for seed in seeds]
     drawn, rows = 0, [judges.references(REFERENCES)]
     labels: list[tuple[str, Variant | None]] = [(BASE, None), *wanted.items()]
@@ -109,7 +109,7 @@ def evaluate(
                     tell(f"drawing {label}", (index + pictures.index(picture) / len(pictures)) / len(subjects))
             paths += [picture.path for picture in pictures]
         tell(f"drawing {label}", 1.0)
-        rows.append(judges.row(label, paths, templates, jobs, output=root, tell=tell))
+        rows.append(judges.row(label, paths, jobs, output=root, tell=tell))
     result = Evaluation(
         tuple(rows),
         {

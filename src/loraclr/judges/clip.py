@@ -30,7 +30,7 @@ class ClipJudge:
         self.length = min(int(tokenizer.model_max_length), int(model.config.text_config.max_position_embeddings))
 
     @staticmethod
-    def load(source: str, *, download: bool = False, device: str | torch.device = "cpu") -> ClipJudge:
+    def load(source: str, *, download: bool = False) -> ClipJudge:
         """A folder, or `owner/name` of the hub: from the local cache, and from the network only with `download`.
 
         Raises UsageError for a folder that holds no CLIP, an id that is not cached, or without transformers.
@@ -44,9 +44,8 @@ class ClipJudge:
         with silenced():
             try:
                 local: dict[str, Any] = {"local_files_only": True}
-                model = CLIPModel.from_pretrained(folder, dtype=torch.float32, **local)
                 judge = ClipJudge(
-                    model.to(device),
+                    CLIPModel.from_pretrained(folder, dtype=torch.float32, **local),
                     CLIPImageProcessorPil.from_pretrained(folder, **local),
                     CLIPTokenizer.from_pretrained(folder, **local),
                     name=f"clip:{source}",

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 WIDTH = 128
+UPSAMPLE = 1  # doublings before detecting: the detector's window is 80 pixels, so faces from about 40 are found
 LIMIT = Limit(0.6, "l2")  # dlib's own recommendation for these weights: 99.38 % on Labeled Faces in the Wild
 _FILES = ("shape_predictor_5_face_landmarks.dat", "dlib_face_recognition_resnet_model_v1.dat")
 
@@ -29,14 +30,12 @@ class DlibJudge:
     name = "dlib"
     limit = LIMIT
 
-    def __init__(self, shape: Path, recognition: Path, *, upsample: int = 1) -> None:
-        """`upsample` doubles the picture that often before detecting: 0 finds faces from about 80 pixels, 1 from about 40."""
+    def __init__(self, shape: Path, recognition: Path) -> None:
         import dlib
 
         self._detector: Any = dlib.get_frontal_face_detector()
         self._shape: Any = dlib.shape_predictor(str(shape))
         self._network: Any = dlib.face_recognition_model_v1(str(recognition))
-        self.upsample = upsample
 
     @staticmethod
     def load() -> DlibJudge:
@@ -54,6 +53,6 @@ class DlibJudge:
         return [self._faces(np.asarray(image.convert("RGB"))) for image in images]
 
     def _faces(self, pixels: np.ndarray) -> Tensor:
-        boxes = self._detector(pixels, self.upsample)
+        boxes = self._detector(pixels, UPSAMPLE)
         rows = [list(self._network.compute_face_descriptor(pixels, self._shape(pixels, box))) for box in boxes]
         return torch.tensor(rows, dtype=torch.float32).reshape(len(rows), WIDTH)
