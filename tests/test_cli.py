@@ -80,7 +80,8 @@ def module(name: str):
 
 def test_help_names_every_command_and_every_option(call):
     code, out, _ = call("--help")
-    assert code == 0 and all(word in out for word in ("inspect", "merge", "generate", "methods", "demo", "toybox", "loraclr demo"))
+    commands = ("inspect", "merge", "generate", "evaluate", "methods", "demo", "toybox")
+    assert code == 0 and all(word in out for word in (*commands, "loraclr demo"))
     for command, function in {"merge": merge_command.merge, "generate": generate_command.generate}.items():
         code, out, _ = call(command, "--help")
         assert code == 0
