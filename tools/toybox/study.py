@@ -27,6 +27,16 @@ from loraclr.merge import merge
 from loraclr.pipeline import Pipeline
 from loraclr.toybox.judge import Judge
 
+MORE_FIT = (
+    "a sad {} wearing a black hoodie", "a photo of a serious {} on a red background", "a {} in the snow",
+    "a picture of a {} on a white background", "a {} wearing purple overalls in a city", "a photo of a sleeping {}",
+)  # fmt: skip
+MORE_PRESERVE = (
+    "a sad woman wearing a black hoodie", "a serious man on a red background", "a surprised woman at night",
+    "a man wearing purple overalls in a desert", "a sleeping man on a white background", "a picture of a woman in a room",
+    "a portrait of a man on a green background", "a smiling man wearing a pink shirt on a beach", "an angry woman in a field",
+    "a photo of a cat", "a car in a city", "a photo of a woman wearing a white blazer",
+)  # fmt: skip
 STAGES = ("text", "keys", "spatial")
 
 
@@ -52,6 +62,11 @@ def settings() -> dict[str, Setting]:
         rows[f"balance, ridge {ridge:g}, preservation {preservation:g}"] = Setting(parameters=fixed)
     rows["mean prior, ridge 0.1"] = Setting(parameters={"ridge": 0.1, "prior": "mean"})
     rows["held-out ridge"] = Setting(parameters={"choose": "held_out"})
+    rows["24 preservation prompts"] = Setting(collection=replace(collection, preserve=(*collection.preserve, *MORE_PRESERVE)))
+    rows["12 fit prompts"] = Setting(collection=replace(collection, fit=(*collection.fit, *MORE_FIT)))
+    rows["both, 8 timesteps"] = Setting(
+        collection=replace(collection, fit=(*collection.fit, *MORE_FIT), preserve=(*collection.preserve, *MORE_PRESERVE), steps=8)
+    )
     rows["unpadded text"] = Setting(collection=replace(collection, padded=False))
     for steps in (5, 8):
         rows[f"{steps} timesteps"] = Setting(collection=replace(collection, steps=steps))
