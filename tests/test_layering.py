@@ -17,7 +17,7 @@ ORDER = (
     ("errors",),
     ("linalg",),
     ("adapter",),
-    ("statistics",),
+    ("blocks", "statistics"),
     ("formats", "methods"),
     ("conditioning", "loading"),
     ("pipeline",),

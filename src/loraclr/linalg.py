@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -40,6 +40,12 @@ def svd_of_product(up: Tensor, down: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     right, lower = torch.linalg.qr(down.to(torch.float64).T)
     u, s, vh = torch.linalg.svd(upper @ lower.T, full_matrices=False)
     return left @ u, s, vh @ right.T
+
+
+def block_diagonal(blocks: Sequence[Tensor]) -> Tensor:
+    """The blocks (rows_i, columns_i) along the diagonal, zeros elsewhere."""
+    whole: Tensor = torch.block_diag(*blocks)  # type: ignore[no-untyped-call]
+    return whole
 
 
 def truncate(up: Tensor, down: Tensor, rank: int) -> Truncation:

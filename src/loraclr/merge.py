@@ -19,6 +19,7 @@ import torch
 
 from loraclr import __version__
 from loraclr.adapter import Adapter, Layer, LoraLayer
+from loraclr.blocks import weighted
 from loraclr.collect import ALL_ROWS, PAPER, Collection, Concept, collect
 from loraclr.errors import MergeError, UsageError
 from loraclr.formats import load_adapter, save_adapter
@@ -60,7 +61,7 @@ class MergeResult:
     parameters: Mapping[str, Any]
     rank: int | None  # the most that was asked for
     base: str | None
-    inputs: tuple[Mapping[str, Any], ...]  # name, file, sha256, weight, call
+    inputs: tuple[Mapping[str, Any], ...]  # name, file, sha256, weight, block_weights, call
     layers: tuple[LayerReceipt, ...]
     versions: Mapping[str, str]
     seed: int
@@ -103,7 +104,7 @@ class MergeResult:
             "parameters": dict(self.parameters),
             "rank": self.rank,
             "seed": self.seed,
-            "inputs": [{key: entry[key] for key in ("name", "sha256", "weight", "call")} for entry in self.inputs],
+            "inputs": [{key: entry[key] for key in ("name", "sha256", "weight", "block_weights", "call")} for entry in self.inputs],
             "residual": {kind: _rounded(self.mean_residual(kind)) for kind in ("fit", "held_out")},
             "versions": dict(self.versions),
         }
@@ -135,6 +136,7 @@ def merge(
     method: str | LayerMethod = "loraclr",
     parameters: Mapping[str, Any] | None = None,
     weights: Sequence[float] | None = None,
+    block_weights: Mapping[str, Sequence[float]] | None = None,
     calls: Mapping[str, str] | None = None,
     rank: int | None = None,
     seed: int | None = None,
@@ -145,7 +147,8 @@ def merge(
 ) -> MergeResult:
     """Merge adapters (or their files) into one.
 
-    `weights` scale each adapter's change, 1 by default. `calls` gives, by adapter name, the words that call it in a prompt;
+    `weights` scale each adapter's change, 1 by default; `block_weights`, by adapter name, multiply that by block: BASE, then the UNet's
+    attention blocks in the order down, mid, up, as `blocks.py` says. `calls` gives, by adapter name, the words that call it in a prompt;
     otherwise its learned tokens or its first trigger. `rank` is the most that the result may have per layer; without it a low-rank
     solution keeps its exact rank and a dense one gets the sum of the input ranks. `measure` collects statistics also for methods
     that need none, to report residuals. `collection` says what is collected; without it, methods that want all rows get the
@@ -159,6 +162,12 @@ def merge(
     concepts = _concepts(
         [adapter for adapter, _ in sources], weights, calls or {}, needed=bool({"statistics", "sample"} & solver.needs) or measure
     )
+    if block_weights:
+        attentions = None if base is None else base.cross_attention_layers
+        concepts = [
+            dataclasses.replace(concept, adapter=adapter)
+            for concept, adapter in zip(concepts, weighted([c.adapter for c in concepts], block_weights, attentions), strict=True)
+        ]
     shapes = _shapes(concepts)
     if rank is not None and rank < 1:
         raise UsageError(f"rank {rank}: give at least 1")
@@ -167,12 +176,12 @@ def merge(
     collecting = measure or bool({"statistics", "sample", "preserve"} & solver.needs)
     if base is None and (collecting or "base" in solver.needs):
         raise MergeError(f"{solver.name} needs the base model's features; pass the pipeline these adapters were trained on")
-    settings = collection or (PAPER if "rows" in solver.needs else Collection())
+    settings = collection or (PAPER if {"rows", "short"} & solver.needs else Collection())
     seed = settings.seed if seed is None else seed
     settings = dataclasses.replace(
         settings,
         seed=seed,
-        sample=ALL_ROWS if "rows" in solver.needs else settings.sample,
+        sample=ALL_ROWS if "rows" in solver.needs else settings.sample if "sample" in solver.needs else 0,
         preserve=settings.preserve if "preserve" in solver.needs else (),
     )
     stages = [list(shapes)] if base is None else base.stages(list(shapes))
@@ -229,6 +238,7 @@ def merge(
                 "file": None if path is None else path.name,
                 "sha256": None if path is None else digest(path),
                 "weight": concept.weight,
+                "block_weights": list((block_weights or {}).get(concept.name, ())) or None,
                 "call": concept.call,
             }
             for concept, (_, path) in zip(concepts, sources, strict=True)
@@ -297,7 +307,7 @@ def _shapes(concepts: Sequence[Concept]) -> dict[str, tuple[int, ...]]:
                 )
             if len(layer.shape) > len(known):
                 shapes[layer.name] = layer.shape
-    if not shapes:
+    if not shapes and not any(concept.adapter.tokens for concept in concepts):
         raise MergeError("none of the adapters changes any layer; there is nothing to merge")
     return dict(sorted(shapes.items()))
 
@@ -317,8 +327,8 @@ def _flat(shape: tuple[int, ...]) -> tuple[int, int]:
 
 def _solve(problem: LayerProblem, solver: LayerMethod, rank: int | None, stage: int) -> tuple[Layer, LayerReceipt]:
     solution = solver.solve(problem)
-    delta = solution.delta()
-    if not bool(torch.isfinite(delta).all()):
+    parts = [part for part in (solution.change, solution.up, solution.down) if part is not None]
+    if not all(bool(torch.isfinite(part).all()) for part in parts):
         raise MergeError(f"{problem.layer}: {solver.name} gave NaN or infinity; raise its regularisation or check this layer of the inputs")
     up, down, lost = _factors(problem, solution, rank)
     layer: Layer = LoraLayer(
@@ -337,9 +347,13 @@ def _solve(problem: LayerProblem, solver: LayerMethod, rank: int | None, stage: 
         problem.width,
         solution.status,
         solution.advice,
-        {key: _rounded(value) for key, value in residuals(problem, up @ down).items()},
+        {key: _rounded(value) for key, value in _residuals(problem, up, down).items()},
         {key: _rounded(value) if isinstance(value, float) else value for key, value in solution.diagnostics.items()},
     )
+
+
+def _residuals(problem: LayerProblem, up: torch.Tensor, down: torch.Tensor) -> dict[str, float]:
+    return residuals(problem, up @ down) if problem.statistics is not None else {}
 
 
 def _factors(problem: LayerProblem, solution: LayerSolution, rank: int | None) -> Truncation:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from types import MappingProxyType
 from typing import ClassVar, Protocol, runtime_checkable
 
 import torch
@@ -122,17 +123,31 @@ class LayerSolution:
         return LayerSolution(up, down, None, status, advice, diagnostics)
 
 
+NEEDS: Mapping[str, str] = MappingProxyType(
+    {
+        "base": "the base's weights",
+        "statistics": "what each layer saw on each concept's prompts",
+        "sample": "paired rows of that",
+        "rows": "all rows, on the released code's few prompts",
+        "short": "the released code's few unpadded prompts",
+        "preserve": "statistics of concept-free prompts",
+        "generator": "a seed",
+    }
+)
+
+
 @runtime_checkable
 class LayerMethod(Protocol):
     """A frozen dataclass whose fields are its hyper-parameters."""
 
     name: ClassVar[str]
-    summary: ClassVar[str]
+    summary: ClassVar[str]  # the idea, in a line
+    when: ClassVar[str]  # to use it
     reference: ClassVar[str]
 
     @property
     def needs(self) -> frozenset[str]:
-        """Of "base", "statistics", "sample", "rows" (the sample is all rows), "preserve", "generator": what these parameters ask for."""
+        """What these parameters ask for: the keys of `NEEDS`."""
 
     def solve(self, problem: LayerProblem) -> LayerSolution: ...
 
