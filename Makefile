@@ -3,14 +3,15 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 
-.PHONY: help demo test check fix bench
+.PHONY: help demo test check fix bench docs
 
 help:
 	@echo "make demo    merge twelve concepts offline and write demo/report.html"
 	@echo "make test    run the tests"
 	@echo "make check   lint, formatting, types"
 	@echo "make fix     mend what the linter and the formatter can"
-	@echo "make bench   the solver against the published optimiser"
+	@echo "make bench   the solver against the published optimiser, every method against PEFT"
+	@echo "make docs    rewrite what is made from the code: docs/methods.md and the README's table"
 
 demo: .venv/diffusion.stamp
 	$(BIN)/loraclr demo
@@ -29,6 +30,10 @@ fix: .venv/dev.stamp
 
 bench: .venv/dev.stamp
 	$(BIN)/python -m benchmarks.solver
+	$(BIN)/python -m benchmarks.methods
+
+docs: .venv/dev.stamp
+	$(BIN)/loraclr methods --markdown .
 
 # torch goes first and alone: resolved together with the rest, pip may choose a build that brings gigabytes of CUDA packages.
 .venv/torch.stamp: constraints.txt

@@ -18,10 +18,10 @@ SAME = 1 - 1e-3  # cosine of two rows that are one: half precision keeps it, no 
 class Orthogonal(Checked):
     """D = scale * sum_i w_i D_i, after a look at the rows of every `down`.
 
-    Where the rows of A_i and A_j are orthogonal, A_j (sum D) A_i^T has no share of the other concept: each acts on its own inputs as it
-    did alone. Training draws the rows from one orthogonal matrix, and random draws collide: two adapters with a row in common write
-    to the same inputs, which the receipt's advice names. `largest_cosine` is that of the closest inputs of any two, 0 for orthogonal
-    ones and 1 for a shared row. An adapter without this layer adds nothing.
+    Where A_j A_i^T = 0 for all j != i, D A_i^T = scale * w_i D_i A_i^T: each concept acts on its own inputs as it did alone. Training
+    draws the rows from one orthogonal matrix, and random draws collide: two adapters with a row in common write to the same inputs,
+    which the receipt's advice names. `largest_cosine` is that of the closest inputs of any two, 0 for orthogonal ones and 1 for a
+    shared row. An adapter without this layer adds nothing.
     """
 
     scale: Annotated[float, Option("multiplies the whole sum; released notebooks use 1.5")] = 1.0
