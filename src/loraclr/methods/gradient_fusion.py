@@ -19,7 +19,8 @@ class GradientFusion(Checked):
 
     L-BFGS with step 1, history 25, strong-Wolfe line search and tolerances of 1e-16, in float32; the iterate of least loss is returned.
     Every iterate has its columns in the span of the adapters', so it moves V in D = Q V, Q an orthonormal basis of that span: the same
-    iterates as on the whole weight, and the result is a LoRA of rank sum_i r_i at most. Its limit is `regmean` with off_diagonal 1.
+    iterates as on the whole weight but for the trial length of the first step, which torch takes from the gradient's L1 norm. The
+    result is a LoRA of rank sum_i r_i at most, its limit that of `regmean` with off_diagonal 1.
     An adapter without this layer has the target "no change" on its own features.
     """
 
