@@ -65,13 +65,22 @@ def lowest_rank(up: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
 
 def factor(change: Tensor) -> tuple[Tensor, Tensor]:
     """Lowest exact factors of a dense (out, in); where it has full rank, itself and an identity."""
+    up, down, _ = truncate_dense(change, min(change.shape))
+    return up, down
+
+
+def truncate_dense(change: Tensor, rank: int) -> Truncation:
+    """The same of a dense (out, in), cut to its best approximation of rank `rank` where its own is higher. One SVD either way."""
     change = change.to(torch.float64)
     u, s, vh = torch.linalg.svd(change, full_matrices=False)
-    rank = int((s > _rounding(*change.shape) * s.max()).sum())
-    if rank == min(change.shape):
-        return identity_factors(change)
-    root = s[:rank].sqrt()
-    return u[:, :rank] * root, root[:, None] * vh[:rank]
+    own = int((s > _rounding(*change.shape) * s.max()).sum())
+    if own == min(change.shape) <= rank:
+        return Truncation(*identity_factors(change), 0.0)
+    kept = min(own, rank)
+    root = s[:kept].sqrt()
+    return Truncation(
+        u[:, :kept] * root, root[:, None] * vh[:kept], _share(s[rank:].square().sum(), s.square().sum()) if own > rank else 0.0
+    )
 
 
 def identity_factors(change: Tensor) -> tuple[Tensor, Tensor]:

@@ -24,7 +24,7 @@ from loraclr.collect import ALL_ROWS, PAPER, Collection, Concept, collect
 from loraclr.errors import MergeError, UsageError
 from loraclr.formats import load_adapter, save_adapter
 from loraclr.formats.files import digest
-from loraclr.linalg import Truncation, factor, lowest_rank, truncate, truncate_aware
+from loraclr.linalg import Truncation, factor, lowest_rank, truncate, truncate_aware, truncate_dense
 from loraclr.methods import make_method
 from loraclr.methods.problem import LayerMethod, LayerProblem, LayerSolution, residuals
 from loraclr.pipeline import Pipeline
@@ -330,7 +330,7 @@ def _solve(problem: LayerProblem, solver: LayerMethod, rank: int | None, stage: 
     parts = [part for part in (solution.change, solution.up, solution.down) if part is not None]
     if not all(bool(torch.isfinite(part).all()) for part in parts):
         raise MergeError(f"{problem.layer}: {solver.name} gave NaN or infinity; raise its regularisation or check this layer of the inputs")
-    up, down, lost = _factors(problem, solution, rank)
+    up, down, lost = file_factors(problem, solution, rank)
     layer: Layer = LoraLayer(
         problem.layer,
         down.view(-1, *problem.shape[1:]),
@@ -356,15 +356,22 @@ def _residuals(problem: LayerProblem, up: torch.Tensor, down: torch.Tensor) -> d
     return residuals(problem, up @ down) if problem.statistics is not None else {}
 
 
-def _factors(problem: LayerProblem, solution: LayerSolution, rank: int | None) -> Truncation:
-    """The solution as float64 up (out, rank) and down (rank, in): exact where it can be, else cut where it hurts least."""
+def file_factors(problem: LayerProblem, solution: LayerSolution, rank: int | None = None) -> Truncation:
+    """The solution as float64 up (out, rank) and down (rank, in), as the merged file has them: exact where it can be, else cut where it
+    hurts least. A dense one is cut to `rank`, or without that to the sum of the input ranks.
+    """
     if solution.change is None:
         assert solution.up is not None and solution.down is not None
         up, down = lowest_rank(solution.up, solution.down)
         limit = rank or up.shape[1]
     else:
-        up, down = factor(solution.change)
-        limit = rank or min(up.shape[1], sum(layer.rank for layer in problem.layers if layer is not None))
+        limit = rank or sum(layer.rank for layer in problem.layers if layer is not None)
+        if problem.statistics is None:
+            up, down, lost = truncate_dense(solution.change, limit)
+            if lost:
+                return Truncation(up, down, lost)
+        else:
+            up, down = factor(solution.change)
     if up.shape[1] == 0:
         nothing = torch.zeros(problem.out, 1, dtype=torch.float64), torch.zeros(1, problem.width, dtype=torch.float64)
         return Truncation(*nothing, 0.0)
