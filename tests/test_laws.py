@@ -10,7 +10,7 @@ import torch
 from problems import NAME, features, make_problem, relative
 
 from loraclr.adapter import DenseLayer, LoraLayer
-from loraclr.methods import METHODS, make_method
+from loraclr.methods import METHODS, AdapterMethod, make_method
 
 SHRUNK = {"preservation": 0.0, "ridge": 1e-11}  # without preservation and ridge, which trade faithfulness for safety on purpose
 LONG = {"steps": 400, "learning_rate": 3e-2, "margin": 0.0, "penalty": 0.0}
@@ -34,6 +34,7 @@ FAITHFUL = {  # method -> hyper-parameters in which it reproduces what it is giv
     "knots": ({"density": 1.0}, 1e-13),
     "linear": ({}, 1e-13),
 }
+MODELS = ("ziplora", "lorahub")  # solve all layers at once: test_methods_models.py
 TOKENS = ("pplus",)  # leaves weights alone on purpose: a law of its own
 DEFAULT = tuple(FAITHFUL)
 SINGLE = {"loraclr-reference": 1e-4, "gradient-fusion": 1e-3}  # descend in float32, whose loss is flat within sqrt(eps) of the optimum
@@ -48,7 +49,8 @@ def near(name, tolerance):
 
 
 def test_no_method_is_above_the_law():
-    assert {name.partition(":")[0] for name in (*FAITHFUL, *TOKENS)} == set(METHODS)
+    assert {name.partition(":")[0] for name in (*FAITHFUL, *TOKENS, *MODELS)} == set(METHODS)
+    assert all(isinstance(make_method(name), AdapterMethod) for name in MODELS)
 
 
 def test_tokens_alone_leave_the_weights_as_they_are():

@@ -15,7 +15,7 @@ from loraclr.methods import METHODS, make_method
 from loraclr.methods.knots import aligned
 
 SCALE = st.one_of(st.floats(1e-3, 1e3), st.floats(-1e3, -1e-3))
-ANY = [name for name in METHODS if name not in ("linear", "pplus", "loraclr-reference", "gradient-fusion")]
+ANY = [name for name in METHODS if name not in ("linear", "pplus", "ziplora", "lorahub", "loraclr-reference", "gradient-fusion")]
 WHOLE = {"ties": 1.0, "dare-linear": 1.0, "dare-ties": 1.0, "magnitude-prune": 1.0, "knots": 1.0}
 SUMS = ("sum", "orthogonal", "svd", "dare-linear", "magnitude-prune")
 quick = settings(max_examples=20, deadline=None, derandomize=True)

@@ -22,6 +22,7 @@ ORDER = (
     ("conditioning", "loading"),
     ("pipeline",),
     ("collect",),
+    ("predictions",),
     ("merge",),
     ("generate",),
     ("toybox", "web"),

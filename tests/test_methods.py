@@ -9,7 +9,7 @@ from problems import NAME, features, make_problem, relative
 
 from loraclr.adapter import DenseLayer, LoraLayer
 from loraclr.errors import MergeError, NumericalError, UsageError
-from loraclr.methods import METHODS, NEEDS, LayerMethod, cross_talk, make_method, method_names, parameters, residuals
+from loraclr.methods import METHODS, NEEDS, AdapterMethod, LayerMethod, cross_talk, make_method, method_names, parameters, residuals
 from loraclr.methods.contrast import Contrast
 from loraclr.methods.loraclr import LADDER, Loraclr
 from loraclr.methods.loraclr_reference import LoraclrReference
@@ -56,12 +56,18 @@ def descend(function, start, steps=200):
 def test_every_method_describes_itself():
     assert tuple(METHODS) == (
         "loraclr", "loraclr-reference",
-        "average", "gradient-fusion", "regmean", "custom-diffusion", "orthogonal", "pplus",
+        "average", "gradient-fusion", "regmean", "custom-diffusion", "orthogonal", "pplus", "ziplora", "lorahub",
         "sum", "svd", "ties", "dare-linear", "dare-ties", "magnitude-prune", "knots", "linear",
     )  # fmt: skip
     for name, method in METHODS.items():
         made = make_method(name)
-        assert isinstance(made, LayerMethod) and made.name == name and made.summary and made.when and made.reference
+        assert (
+            isinstance(made, LayerMethod) != isinstance(made, AdapterMethod)
+            and made.name == name
+            and made.summary
+            and made.when
+            and made.reference
+        )
         assert made.needs <= set(NEEDS)
         for row in parameters(method):
             assert row.help and getattr(made, row.name) == row.default

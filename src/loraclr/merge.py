@@ -26,8 +26,9 @@ from loraclr.formats import load_adapter, save_adapter
 from loraclr.formats.files import digest
 from loraclr.linalg import Truncation, factor, lowest_rank, truncate, truncate_aware, truncate_dense
 from loraclr.methods import make_method
-from loraclr.methods.problem import LayerMethod, LayerProblem, LayerSolution, residuals
+from loraclr.methods.problem import AdapterMethod, LayerProblem, LayerSolution, Method, residuals
 from loraclr.pipeline import Pipeline
+from loraclr.predictions import model_problem
 from loraclr.statistics import LayerStats
 
 
@@ -133,7 +134,7 @@ def merge(
     adapters: Sequence[Adapter | str | Path],
     *,
     base: Pipeline | None = None,
-    method: str | LayerMethod = "loraclr",
+    method: str | Method = "loraclr",
     parameters: Mapping[str, Any] | None = None,
     weights: Sequence[float] | None = None,
     block_weights: Mapping[str, Sequence[float]] | None = None,
@@ -141,6 +142,7 @@ def merge(
     rank: int | None = None,
     seed: int | None = None,
     collection: Collection | None = None,
+    score: Callable[[Adapter], float] | None = None,
     measure: bool = False,
     name: str = "merged",
     progress: Callable[[str, float], None] | None = None,
@@ -152,16 +154,16 @@ def merge(
     otherwise its learned tokens or its first trigger. `rank` is the most that the result may have per layer; without it a low-rank
     solution keeps its exact rank and a dense one gets the sum of the input ranks. `measure` collects statistics also for methods
     that need none, to report residuals. `collection` says what is collected; without it, methods that want all rows get the
-    released code's prompts. `progress` is told a phase and its share done, 0..1. Raises MergeError, UsageError.
+    released code's prompts. `score` judges a merged adapter, higher is better, for a method that searches (`lorahub`). `progress` is
+    told a phase and its share done, 0..1. Raises MergeError, UsageError.
     """
     started = time.perf_counter()
     solver = make_method(method, **(parameters or {})) if isinstance(method, str) else method
     if not isinstance(method, str) and parameters:
         raise UsageError("parameters go with a method's name; a method that is already made has its own")
     sources = [(adapter, None) if isinstance(adapter, Adapter) else (load_adapter(adapter), Path(adapter)) for adapter in adapters]
-    concepts = _concepts(
-        [adapter for adapter, _ in sources], weights, calls or {}, needed=bool({"statistics", "sample"} & solver.needs) or measure
-    )
+    prompted = bool({"statistics", "sample", "predictions"} & solver.needs) or measure
+    concepts = _concepts([adapter for adapter, _ in sources], weights, calls or {}, needed=prompted)
     if block_weights:
         attentions = None if base is None else base.cross_attention_layers
         concepts = [
@@ -174,6 +176,8 @@ def merge(
     if rank is not None and "rank" in _fields(solver) and _fields(solver)["rank"] is None:
         solver = dataclasses.replace(solver, rank=rank)  # type: ignore[type-var]  # it cuts by itself: once is enough
     collecting = measure or bool({"statistics", "sample", "preserve"} & solver.needs)
+    if score is not None and "score" not in solver.needs:
+        raise UsageError(f"{solver.name} searches for nothing, so it takes no score; use lorahub")
     if base is None and (collecting or "base" in solver.needs):
         raise MergeError(f"{solver.name} needs the base model's features; pass the pipeline these adapters were trained on")
     settings = collection or (PAPER if {"rows", "short"} & solver.needs else Collection())
@@ -188,6 +192,12 @@ def merge(
     if base is not None:
         _check_fit(shapes, base)
     seconds = {"load": time.perf_counter() - started, "collect": 0.0, "solve": 0.0}
+    solved: dict[str, LayerSolution] = {}
+    if isinstance(solver, AdapterMethod) and base is not None:
+        began = time.perf_counter()
+        layers = {layer: _problem(layer, shapes, concepts, base, None, seed) for layer in shapes}
+        solved = solver.solve_model(model_problem(base, concepts, layers, settings=settings, score=score))
+        seconds["solve"] += time.perf_counter() - began
     merged: dict[str, Layer] = {}
     receipts: list[LayerReceipt] = []
     for stage, names in enumerate(stages):
@@ -205,17 +215,9 @@ def merge(
             seconds["collect"] += time.perf_counter() - began
         began = time.perf_counter()
         for index, layer in enumerate(names):
-            problem = LayerProblem(
-                layer,
-                shapes[layer],
-                tuple(concept.name for concept in concepts),
-                tuple(concept.adapter.layers.get(layer) for concept in concepts),
-                tuple(concept.weight for concept in concepts),
-                base.base_weight(layer).flatten(1).cpu() if base is not None else None,
-                statistics.get(layer),
-                torch.Generator().manual_seed(_seed_of(layer, seed)),
-            )
-            merged[layer], receipt = _solve(problem, solver, rank, stage)
+            problem = _problem(layer, shapes, concepts, base, statistics.get(layer), seed)
+            solution = solved[layer] if isinstance(solver, AdapterMethod) else solver.solve(problem)
+            merged[layer], receipt = _receipt(problem, solution, solver.name, rank, stage)
             receipts.append(receipt)
             if progress:
                 progress(f"solving stage {stage + 1} of {len(stages)}", (index + 1) / len(names))
@@ -246,7 +248,7 @@ def merge(
         tuple(receipts),
         {"loraclr": __version__, "torch": str(torch.__version__), "python": platform.python_version()},
         seed,
-        dataclasses.asdict(settings) if collecting else None,
+        dataclasses.asdict(settings) if collecting or prompted else None,
         {key: round(value, 3) for key, value in seconds.items()},
     )
 
@@ -325,11 +327,30 @@ def _flat(shape: tuple[int, ...]) -> tuple[int, int]:
     return shape[0], int(torch.Size(shape[1:]).numel())
 
 
-def _solve(problem: LayerProblem, solver: LayerMethod, rank: int | None, stage: int) -> tuple[Layer, LayerReceipt]:
-    solution = solver.solve(problem)
+def _problem(
+    layer: str,
+    shapes: Mapping[str, tuple[int, ...]],
+    concepts: Sequence[Concept],
+    base: Pipeline | None,
+    statistics: LayerStats | None,
+    seed: int,
+) -> LayerProblem:
+    return LayerProblem(
+        layer,
+        shapes[layer],
+        tuple(concept.name for concept in concepts),
+        tuple(concept.adapter.layers.get(layer) for concept in concepts),
+        tuple(concept.weight for concept in concepts),
+        base.base_weight(layer).flatten(1).cpu() if base is not None else None,
+        statistics,
+        torch.Generator().manual_seed(_seed_of(layer, seed)),
+    )
+
+
+def _receipt(problem: LayerProblem, solution: LayerSolution, method: str, rank: int | None, stage: int) -> tuple[Layer, LayerReceipt]:
     parts = [part for part in (solution.change, solution.up, solution.down) if part is not None]
     if not all(bool(torch.isfinite(part).all()) for part in parts):
-        raise MergeError(f"{problem.layer}: {solver.name} gave NaN or infinity; raise its regularisation or check this layer of the inputs")
+        raise MergeError(f"{problem.layer}: {method} gave NaN or infinity; raise its regularisation or check this layer of the inputs")
     up, down, lost = file_factors(problem, solution, rank)
     layer: Layer = LoraLayer(
         problem.layer,
@@ -384,7 +405,7 @@ def file_factors(problem: LayerProblem, solution: LayerSolution, rank: int | Non
     return truncate_aware(up, down, limit, metric=metric, mu=1e-3 * float(metric.diagonal().mean()))
 
 
-def _fields(solver: LayerMethod) -> dict[str, Any]:
+def _fields(solver: Method) -> dict[str, Any]:
     return {f.name: getattr(solver, f.name) for f in dataclasses.fields(solver)}  # type: ignore[arg-type]
 
 

@@ -14,21 +14,33 @@ from loraclr.methods.knots import Knots
 from loraclr.methods.linear import Linear
 from loraclr.methods.loraclr import Loraclr
 from loraclr.methods.loraclr_reference import LoraclrReference
+from loraclr.methods.lorahub import Lorahub
 from loraclr.methods.magnitude_prune import MagnitudePrune
 from loraclr.methods.options import Parameter, faults, nearest, parameters
 from loraclr.methods.orthogonal import Orthogonal
 from loraclr.methods.pplus import Pplus
-from loraclr.methods.problem import NEEDS, LayerMethod, LayerProblem, LayerSolution, cross_talk, residuals
+from loraclr.methods.problem import (
+    NEEDS,
+    AdapterMethod,
+    LayerMethod,
+    LayerProblem,
+    LayerSolution,
+    Method,
+    ModelProblem,
+    cross_talk,
+    residuals,
+)
 from loraclr.methods.regmean import Regmean
 from loraclr.methods.sum import Sum
 from loraclr.methods.svd import Svd
 from loraclr.methods.ties import Ties
+from loraclr.methods.ziplora import Ziplora
 
 METHODS: dict[str, type] = {
     method.name: method
     for method in (
         *(Loraclr, LoraclrReference),
-        *(Average, GradientFusion, Regmean, CustomDiffusion, Orthogonal, Pplus),  # the baselines of its tables
+        *(Average, GradientFusion, Regmean, CustomDiffusion, Orthogonal, Pplus, Ziplora, Lorahub),  # the baselines of its tables
         *(Sum, Svd, Ties, DareLinear, DareTies, MagnitudePrune, Knots, Linear),  # what people use
     )
 }
@@ -36,9 +48,12 @@ METHODS: dict[str, type] = {
 __all__ = [
     "METHODS",
     "NEEDS",
+    "AdapterMethod",
     "LayerMethod",
     "LayerProblem",
     "LayerSolution",
+    "Method",
+    "ModelProblem",
     "Parameter",
     "cross_talk",
     "find_method",
@@ -63,7 +78,7 @@ def find_method(name: str) -> Any:
     raise UsageError(f"no method {name!r}.{nearest(name, known)} There are: {', '.join(method_names())}.")
 
 
-def make_method(name: str, **parameters: object) -> LayerMethod:
+def make_method(name: str, **parameters: object) -> Method:
     """The method of that name or alias, or `NAME:PRESET`, with these hyper-parameters over the preset's.
 
     Raises UsageError that names everything wrong at once: the name, unknown parameters and values out of range.
@@ -77,7 +92,7 @@ def make_method(name: str, **parameters: object) -> LayerMethod:
     found += faults(method, parameters)
     if found:
         raise UsageError(f"method {base!r}: " + " ".join(found))
-    made: LayerMethod = method(**{**presets.get(preset, {}), **parameters})
+    made: Method = method(**{**presets.get(preset, {}), **parameters})
     return made
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from types import MappingProxyType
@@ -123,6 +123,17 @@ class LayerSolution:
         return LayerSolution(up, down, None, status, advice, diagnostics)
 
 
+@dataclass(frozen=True, eq=False)
+class ModelProblem:
+    """All layers of N concepts at once, for methods that judge the whole model. `layers` carry no statistics."""
+
+    concepts: tuple[str, ...]
+    layers: Mapping[str, LayerProblem]
+    loss: Callable[[Mapping[str, Tensor], int | None], Tensor]  # `Predictions.loss` of deltas (out, in) by layer
+    score: Callable[[Mapping[str, Tensor]], float] | None = None  # the user's, of the same; higher is better
+    seed: int = 0
+
+
 NEEDS: Mapping[str, str] = MappingProxyType(
     {
         "base": "the base's weights",
@@ -131,6 +142,8 @@ NEEDS: Mapping[str, str] = MappingProxyType(
         "rows": "all rows, on the released code's few prompts",
         "short": "the released code's few unpadded prompts",
         "preserve": "statistics of concept-free prompts",
+        "predictions": "the model's noise predictions under each adapter",
+        "score": "a score of yours, if you have one",
         "generator": "a seed",
     }
 )
@@ -150,6 +163,25 @@ class LayerMethod(Protocol):
         """What these parameters ask for: the keys of `NEEDS`."""
 
     def solve(self, problem: LayerProblem) -> LayerSolution: ...
+
+
+@runtime_checkable
+class AdapterMethod(Protocol):
+    """As LayerMethod, but solves all layers together, by what the whole model does."""
+
+    name: ClassVar[str]
+    summary: ClassVar[str]
+    when: ClassVar[str]
+    reference: ClassVar[str]
+
+    @property
+    def needs(self) -> frozenset[str]: ...
+
+    def solve_model(self, problem: ModelProblem) -> dict[str, LayerSolution]:
+        """One solution for each of `problem.layers`."""
+
+
+Method = LayerMethod | AdapterMethod
 
 
 def residuals(problem: LayerProblem, delta: Tensor) -> dict[str, float]:
