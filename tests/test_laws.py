@@ -126,6 +126,20 @@ def test_a_layer_that_an_adapter_lacks_is_a_change_of_zero(name):
         assert relative(found, problem.delta(0) * share) < 1e-12
 
 
+@pytest.mark.parametrize("name", ["sum", "orthogonal", "svd", "ties", "dare-linear", "dare-ties", "magnitude-prune", "knots", "linear"])
+def test_an_adapter_that_does_nothing_changes_nothing(name):
+    """Without features nothing is known of its concept. Only the mean counts it."""
+    problem = make_problem(3)
+    idle = LoraLayer(NAME, torch.randn(2, 6), torch.zeros(8, 2))
+    more = replace(problem, concepts=(*problem.concepts, "idle"), layers=(*problem.layers, idle), weights=(*problem.weights, 1.0))
+    if name == "linear":  # its `down` is added to the others' all the same
+        assert relative(make_method(name).solve(more).delta(), make_method(name).solve(problem).delta()) > 0.1
+    else:
+        assert relative(make_method(name).solve(more).delta(), make_method(name).solve(problem).delta()) < 1e-12
+    average = make_method("average")
+    assert relative(average.solve(more).delta(), average.solve(problem).delta() * 3 / 4) < 1e-13
+
+
 @pytest.mark.parametrize("name", [name for name in DEFAULT if name != "linear"])
 def test_scale_and_weight_are_folded_once(name):
     """Not in `linear`, whose answer depends on where in the factors a scale stands: see test_methods_practice.py."""

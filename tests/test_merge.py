@@ -239,6 +239,12 @@ def test_the_same_seed_makes_the_same_file_and_another_does_not(shared, adapters
     assert any(not torch.equal(first.layers[name].delta(), other.layers[name].delta()) for name in SPATIAL)
 
 
+@pytest.mark.parametrize("method", ["dare-linear", "dare-ties"])
+def test_masks_are_the_seeds(adapters, tmp_path, method):
+    files = [merge(adapters, method=method, seed=seed).save(tmp_path / f"{n}.safetensors").read_bytes() for n, seed in enumerate((0, 0, 1))]
+    assert files[0] == files[1] != files[2]
+
+
 @pytest.mark.parametrize("format", ["kohya", "diffusers"])
 def test_diffusers_loads_the_file_as_base_plus_delta(tiny_pipe, shared, adapters, tmp_path, format):
     result = run(adapters, shared)

@@ -234,6 +234,11 @@ def test_shared_rows_are_named():
     assert solve("orthogonal", half).diagnostics["shared_rows"] == 1, "whatever sign, scale and precision"
 
 
+def test_the_same_draw_shares_every_row():
+    solution = solve("orthogonal", drawn([[3, 7, 11], [3, 7, 11]]))
+    assert solution.diagnostics["shared_rows"] == 3 and solution.diagnostics["largest_cosine"] == pytest.approx(1)
+
+
 def test_ordinary_adapters_are_summed_and_their_nearness_told():
     problem = make_problem(3, width=40, weights=[1.0, 0.5, -2.0])
     solution = solve("orthogonal", problem, scale=1.5)

@@ -24,13 +24,14 @@ class CustomDiffusion(Checked):
     K are the rows of concept-free captions, T_i those of concept i's prompts. With C = K^T K + mu I and E the stacked right-hand sides,
     D = E^T (T C^-1 T^T)^+ T C^-1. Rows that two concepts have in common, but not what they want there, bind nobody and are left out.
     More rows than the layer has inputs, or contradictions among them, are met in the sense of least squares. Rank at most sum_i r_i.
-    Concepts with nearly the same words make T nearly singular and D large, which the advice says.
+    Concepts with nearly the same words make T nearly singular and D large, which the advice says. The published merge has 200 captions
+    and next to no ridge; with the few here that hides the change in directions no caption uses, at many times the adapters' size.
 
     The method knows no other layers. `others` is what becomes of them: the mean of the deltas, or nothing. An adapter without this
     layer is held to no change on its own rows.
     """
 
-    ridge: Annotated[float, Option("mu, in mean diagonals of K^T K: what few captions leave undecided", 0)] = 1e-6
+    ridge: Annotated[float, Option("mu, in mean diagonals of K^T K: decides what few captions leave open", 0)] = 1e-2
     others: Annotated[
         Literal["average", "none"], Option("layers that are not cross-attention keys and values: their mean, or no change")
     ] = "average"
@@ -65,7 +66,9 @@ class CustomDiffusion(Checked):
         met = float(((rows @ down.T) @ up.T - wanted[binding]).norm() / wanted[binding].norm().clamp(min=1e-300))
         said = []
         if growth > 3:
-            said.append(f"the delta is {growth:.1f} times the largest adapter's: concepts with nearly the same words; use `loraclr`")
+            said.append(
+                f"the delta is {growth:.1f} times the largest adapter's: nearly the same words, or few captions; raise `ridge`, or use `loraclr`"
+            )
         if met > 1e-3:
             said.append(f"the constraints contradict each other: {met:.0%} of them is not met")
         return LayerSolution.of_factors(
