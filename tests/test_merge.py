@@ -133,13 +133,15 @@ def test_block_weights_that_do_not_fit(shared, adapters):
     refused("11 are needed.*10 attention blocks of the base", adapters, UsageError, base=shared, block_weights={"ada": [1] * 17})
 
 
-def test_tokens_alone_merge_into_their_union(shared):
+def test_tokens_alone_merge_into_their_union(shared, tmp_path):
     rows = len(shared.cross_attention_layers), 32
     pair = [Adapter({}, name=name, tokens={f"<{name}>": torch.randn(*rows)}) for name in ("dee", "eli")]
     result = merge(pair, method="pplus")
     assert list(result.adapter.tokens) == ["<dee>", "<eli>"] and not len(result.adapter) and result.layers == ()
     assert torch.equal(result.adapter.tokens["<eli>"], pair[1].tokens["<eli>"])
     assert result.adapter.triggers == ("<dee>", "<eli>")
+    back = load_adapter(result.save(tmp_path / "both.pth", format="edlora", dtype=torch.float32))
+    assert not len(back) and torch.equal(back.tokens["<dee>"], pair[0].tokens["<dee>"])
 
 
 def test_custom_diffusion_keeps_keys_and_averages_or_leaves_the_rest(shared, adapters):
