@@ -67,7 +67,7 @@ class CustomDiffusion(Checked):
         said = []
         if growth > 3:
             said.append(
-                f"the delta is {growth:.1f} times the largest adapter's: words too alike or captions too few; raise `ridge` or use `loraclr`"
+                f"the delta is {growth:.1f} times the largest adapter's: words too alike or too few captions; raise `ridge`, use `loraclr`"
             )
         if met > 1e-3:
             said.append(f"the constraints contradict each other: {met:.0%} of them is not met")
