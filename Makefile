@@ -3,14 +3,15 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 
-.PHONY: help demo test check fix bench fuzz crash
+.PHONY: help demo test check fix bench docs fuzz crash
 
 help:
 	@echo "make demo    merge twelve concepts offline and write demo/report.html"
 	@echo "make test    run the tests"
 	@echo "make check   lint, formatting, types"
 	@echo "make fix     mend what the linter and the formatter can"
-	@echo "make bench   the solver against the published optimiser"
+	@echo "make bench   the solver against the published optimiser, every method against PEFT"
+	@echo "make docs    rewrite what is made from the code: docs/methods.md and the README's table"
 	@echo "make fuzz    12,000 damaged files through every reader"
 	@echo "make crash   kill merges at random moments and look at what is left"
 
@@ -31,6 +32,10 @@ fix: .venv/dev.stamp
 
 bench: .venv/dev.stamp
 	$(BIN)/python -m benchmarks.solver
+	$(BIN)/python -m benchmarks.methods
+
+docs: .venv/dev.stamp
+	$(BIN)/loraclr methods --markdown .
 
 fuzz: .venv/dev.stamp
 	$(BIN)/python tests/fuzzing.py 12000

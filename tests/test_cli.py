@@ -22,7 +22,7 @@ from loraclr.cli import merge as merge_command
 from loraclr.cli import toybox as toybox_command
 from loraclr.errors import MergeError, UsageError
 from loraclr.formats import FORMATS, load_adapter, save_adapter
-from loraclr.methods import METHODS, make_method, parameters
+from loraclr.methods import METHODS, describe, make_method, parameters
 from loraclr.pipeline import Pipeline
 from loraclr.toybox import SPLITS
 
@@ -85,7 +85,7 @@ def test_help_names_every_command_and_every_option(call):
     for command, function in {"merge": merge_command.merge, "generate": generate_command.generate}.items():
         code, out, _ = call(command, "--help")
         assert code == 0
-        names = [name.rstrip("_") for name in inspect.signature(function).parameters if name != "files"]
+        names = [name.rstrip("_").replace("_", "-") for name in inspect.signature(function).parameters if name != "files"]
         assert all(f"--{name}" in out for name in names)
 
 
@@ -210,6 +210,13 @@ def test_weights_go_by_order_or_by_name():
             parse.weights(list(words), names)
 
 
+def test_block_weights_go_by_name():
+    assert parse.block_weights(["ada=1,0.5,-2", "a=b = 3"]) == {"ada": [1, 0.5, -2], "a=b": [3]}
+    for words, said in {("ada",): "NAME=N", ("ada=",): "NAME=N", ("ada=1,x",): "ada: 'x' is not a number", ("a=1", "a=2"): "twice"}.items():
+        with pytest.raises(UsageError, match=said):
+            parse.block_weights(words)
+
+
 def test_sizes_and_loras(tmp_path):
     assert parse.size("64x128") == (64, 128) == parse.size("64X128")
     for wrong in ("64", "64x", "axb", "-1x4", "1x2x3"):
@@ -227,10 +234,10 @@ def test_sizes_and_loras(tmp_path):
 @pytest.mark.parametrize("method", METHODS.values(), ids=lambda method: method.name)
 def test_shown_defaults_read_back(call, method):
     """Every default as `loraclr methods` shows it is what --set makes of it."""
-    from loraclr.cli.methods import _word
+    from loraclr.methods.describe import word
 
     rows = parameters(method)
-    words = [f"{row.name}={_word(row.default)}" for row in rows if row.default != ()]
+    words = [f"{row.name}={word(row.default)}" for row in rows if row.default != ()]
     assert make_method(method.name, **parse.settings(words, {row.name: row.type for row in rows})) == method()
 
 
@@ -272,6 +279,18 @@ def test_merge_without_a_base(call, files, tmp_path):
     expected = 0.5 * sum(w * source.layers[KEYS[0]].delta() for w, source in zip((1, 0.25, 1), sources, strict=True))
     assert (merged.layers[KEYS[0]].delta() - expected).norm() < 1e-3 * expected.norm()
     assert json.loads((tmp_path / "all.safetensors.json").read_text())["inputs"][1]["weight"] == 0.25
+
+
+def test_merge_weighs_blocks(call, files, tmp_path):
+    target, words = tmp_path / "all.safetensors", ["--method", "concat", "--block-weights", "ada=0,0.5,2", "--weight", "ada=0.5"]
+    assert call("merge", *files, *words, "--output", target)[0] == 0
+    merged, (ada, *others) = load_adapter(target), [load_adapter(file) for file in files]
+    expected = 0.25 * ada.layers[KEYS[0]].delta() + sum(other.layers[KEYS[0]].delta() for other in others)
+    assert (merged.layers[KEYS[0]].delta() - expected).norm() < 1e-3 * expected.norm()
+    assert not merged.layers[TEXT[0]].delta().any()
+    receipt = json.loads((tmp_path / "all.safetensors.json").read_text())
+    assert receipt["method"] == "sum" and receipt["inputs"][0]["block_weights"] == [0, 0.5, 2]
+    assert "3 are needed" in error(call("merge", *files, *words[:3], "ada=1", "--output", tmp_path / "no.safetensors"))
 
 
 def test_merge_with_a_base_shows_a_receipt_of_the_stages(call, model, base, tmp_path):
@@ -416,10 +435,37 @@ def test_methods_lists_everything(call):
     assert listed[0]["presets"]["exact"]["penalty"] == 1e-3 and listed[0]["parameters"][0]["name"] == "ridge"
 
 
+def test_methods_writes_its_docs(call, tmp_path):
+    """The page and the table in this source are what the code says now."""
+    root = Path(__file__).parent.parent
+    (tmp_path / "docs").mkdir()
+    readme = (root / "README.md").read_text()
+    (tmp_path / "README.md").write_text(readme)
+    assert call("methods", "--markdown", tmp_path)[0] == 0
+    assert (tmp_path / "README.md").read_text() == readme, "run `make docs`"
+    assert (tmp_path / "docs" / "methods.md").read_text() == (root / "docs" / "methods.md").read_text(), "run `make docs`"
+    start, end = (readme.index(mark) for mark in describe.MARKS)
+    (tmp_path / "README.md").write_text(readme[:start] + describe.MARKS[0] + "old\n" + readme[end:])
+    assert call("methods", "--markdown", tmp_path)[0] == 0 and (tmp_path / "README.md").read_text() == readme
+    (tmp_path / "README.md").write_text("# another project\n")
+    assert "is not this package's source" in error(call("methods", "--markdown", tmp_path))
+    assert (tmp_path / "README.md").read_text() == "# another project\n"
+
+
+def test_every_method_has_the_same_five_lines():
+    sections = describe.page().split("\n## ")[1:]
+    assert [section.split("`")[1] for section in sections] == list(METHODS)
+    for section, method in zip(sections, METHODS.values(), strict=True):
+        lines = [line for line in section.splitlines() if line.startswith("- **")]
+        assert [line.split("**")[1] for line in lines] == ["Idea:", "When:", "Inputs:", "Parameters:", "Source:"]
+        assert method.reference in lines[4] and all(row.name in lines[3] for row in parameters(method))
+
+
 def test_methods_describes_one(call):
     code, out, _ = call("methods", "svd")
     assert code == 0 and "Eckart-Young" in out and "loraclr-reference" not in out
     assert call("methods", "loraclr:exact")[0] == 0
+    assert "sum, also concat, task-arithmetic" in call("methods", "concat")[1]
     assert "Did you mean 'average'?" in error(call("methods", "averige"))
 
 

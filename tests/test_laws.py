@@ -10,7 +10,7 @@ import torch
 from problems import NAME, features, make_problem, relative
 
 from loraclr.adapter import DenseLayer, LoraLayer
-from loraclr.methods import METHODS, make_method
+from loraclr.methods import METHODS, AdapterMethod, make_method
 
 SHRUNK = {"preservation": 0.0, "ridge": 1e-11}  # without preservation and ridge, which trade faithfulness for safety on purpose
 LONG = {"steps": 400, "learning_rate": 3e-2, "margin": 0.0, "penalty": 0.0}
@@ -21,14 +21,43 @@ FAITHFUL = {  # method -> hyper-parameters in which it reproduces what it is giv
     "loraclr-reference": (LONG, 1e-2),
     "loraclr-reference:official": (LONG, 1e-2),
     "average": ({}, 1e-13),
+    "gradient-fusion": ({}, 1e-4),
+    "regmean": ({"off_diagonal": 1.0}, 1e-8),
+    "custom-diffusion": ({"ridge": 1e-9}, 1e-8),
+    "orthogonal": ({}, 1e-13),
     "sum": ({}, 1e-13),
     "svd": ({}, 1e-13),
+    "ties": ({"density": 1.0}, 1e-13),
+    "dare-linear": ({"density": 1.0}, 1e-13),
+    "dare-ties": ({"density": 1.0}, 1e-13),
+    "magnitude-prune": ({"density": 1.0}, 1e-13),
+    "knots": ({"density": 1.0}, 1e-13),
+    "linear": ({}, 1e-13),
 }
+MODELS = ("ziplora", "lorahub")  # solve all layers at once: test_methods_models.py
+TOKENS = ("pplus",)  # leaves weights alone on purpose: a law of its own
 DEFAULT = tuple(FAITHFUL)
+SINGLE = {"loraclr-reference": 1e-4, "gradient-fusion": 1e-3}  # descend in float32, whose loss is flat within sqrt(eps) of the optimum
+COPIES = {  # the weights under which N copies are one: 1 where not said
+    **dict.fromkeys(("sum", "svd", "orthogonal", "dare-linear", "magnitude-prune"), 1 / 3),
+    "linear": 1 / 9,  # N factors times N factors
+}
+
+
+def near(name, tolerance):
+    return SINGLE.get(name.partition(":")[0], tolerance)
 
 
 def test_no_method_is_above_the_law():
-    assert {name.partition(":")[0] for name in FAITHFUL} == set(METHODS)
+    assert {name.partition(":")[0] for name in (*FAITHFUL, *TOKENS, *MODELS)} == set(METHODS)
+    assert all(isinstance(make_method(name), AdapterMethod) for name in MODELS)
+
+
+def test_tokens_alone_leave_the_weights_as_they_are():
+    problem = make_problem(3)
+    solution = make_method("pplus").solve(problem)
+    assert not solution.delta().any() and solution.delta().shape == (8, 6)
+    assert "c0, c1, c2 is left out" in solution.advice
 
 
 def faithful(name, **changes):
@@ -56,8 +85,8 @@ def test_one_adapter_comes_back_with_the_mean_prior_at_any_ridge(ridge):
 @pytest.mark.parametrize("name", FAITHFUL)
 def test_one_adapter_comes_back_on_few_rows(name):
     """With fewer rows than features it comes back on the collected features only, where the method looks at features."""
-    problem = make_problem(1, rows=3, preserve=0)
     method, tolerance = faithful(name)
+    problem = make_problem(1, rows=3, preserve=30 if "preserve" in method.needs else 0)
     x = features(problem)[0]
     delta = method.solve(problem).delta().double()
     assert relative(x @ delta.T, x @ problem.delta(0).T) < max(tolerance, 1e-6)
@@ -67,7 +96,7 @@ def test_one_adapter_comes_back_on_few_rows(name):
 def test_copies_are_one(name):
     """Weights summing to 1 in the sums, weights of 1 in means and least squares. A fixed margin wants copies apart: no hinge."""
     one = make_problem(1, rows=40)
-    weights = [1 / 3] * 3 if name in ("sum", "svd") else [1.0] * 3
+    weights = [COPIES.get(name, 1.0)] * 3
     copies = make_problem(3, features=features(one) * 3, layers=one.layers * 3, weights=weights, base=one.base)
     method, tolerance = faithful(name, **({"margin": 0.0} if name in ("loraclr", "loraclr:exact") else {}))
     assert relative(method.solve(copies).delta().double(), one.delta(0)) < tolerance
@@ -80,7 +109,7 @@ def test_order_is_irrelevant(name):
     for order in itertools.permutations(range(3)):
         shuffled = replace(problem, concepts=tuple(problem.concepts[i] for i in order), layers=tuple(problem.layers[i] for i in order))
         found = make_method(name).solve(shuffled).delta()
-        assert relative(found, expected) < (1e-4 if "reference" in name else 1e-8)
+        assert relative(found, expected) < near(name, 1e-8)
 
 
 @pytest.mark.parametrize("name", DEFAULT)
@@ -90,29 +119,44 @@ def test_a_layer_that_an_adapter_lacks_is_a_change_of_zero(name):
     zero = LoraLayer(NAME, torch.zeros(2, 6), torch.zeros(8, 2))
     explicit = replace(problem, layers=(problem.layers[0], zero, zero))
     found = make_method(name).solve(absent).delta()
-    assert relative(found, make_method(name).solve(explicit).delta()) < 1e-9
+    assert relative(found, make_method(name).solve(explicit).delta()) < near(name, 1e-9)
     assert float(found.norm()) > 0
-    share = {"average": 1 / 3, "sum": 1.0, "svd": 1.0}.get(name)
+    share = {"average": 1 / 3, "sum": 1.0, "svd": 1.0, "orthogonal": 1.0, "linear": 1.0}.get(name)
     if share is not None:
         assert relative(found, problem.delta(0) * share) < 1e-12
 
 
-@pytest.mark.parametrize("name", DEFAULT)
+@pytest.mark.parametrize("name", ["sum", "orthogonal", "svd", "ties", "dare-linear", "dare-ties", "magnitude-prune", "knots", "linear"])
+def test_an_adapter_that_does_nothing_changes_nothing(name):
+    """Without features nothing is known of its concept. Only the mean counts it."""
+    problem = make_problem(3)
+    idle = LoraLayer(NAME, torch.randn(2, 6), torch.zeros(8, 2))
+    more = replace(problem, concepts=(*problem.concepts, "idle"), layers=(*problem.layers, idle), weights=(*problem.weights, 1.0))
+    if name == "linear":  # its `down` is added to the others' all the same
+        assert relative(make_method(name).solve(more).delta(), make_method(name).solve(problem).delta()) > 0.1
+    else:
+        assert relative(make_method(name).solve(more).delta(), make_method(name).solve(problem).delta()) < 1e-12
+    average = make_method("average")
+    assert relative(average.solve(more).delta(), average.solve(problem).delta() * 3 / 4) < 1e-13
+
+
+@pytest.mark.parametrize("name", [name for name in DEFAULT if name != "linear"])
 def test_scale_and_weight_are_folded_once(name):
+    """Not in `linear`, whose answer depends on where in the factors a scale stands: see test_methods_practice.py."""
     problem = make_problem(2, weights=[1.5, 1.0])
     a, b = problem.layers
     folded = replace(problem, layers=(LoraLayer(NAME, a.down, a.up * a.scale * 1.5), LoraLayer(NAME, a.down * 0 + b.down * b.scale, b.up)))
     folded = replace(folded, weights=(1.0, 1.0))
     found, expected = (make_method(name).solve(p).delta() for p in (problem, folded))
-    assert relative(found, expected) < (1e-5 if "reference" in name else 1e-11)
+    assert relative(found, expected) < near(name, 1e-11)
 
 
-@pytest.mark.parametrize("name", DEFAULT)
+@pytest.mark.parametrize("name", [name for name in DEFAULT if name != "linear"])
 def test_a_dense_layer_is_its_lora(name):
     problem = make_problem(2)
     dense = replace(problem, layers=(DenseLayer(NAME, problem.layers[0].delta(torch.float64)), problem.layers[1]))
     found, expected = (make_method(name).solve(p).delta() for p in (dense, problem))
-    assert relative(found, expected) < (1e-5 if "reference" in name else 1e-10)
+    assert relative(found, expected) < near(name, 1e-10)
 
 
 @pytest.mark.parametrize("name", DEFAULT)

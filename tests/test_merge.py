@@ -19,11 +19,11 @@ from loraclr.collect import Concept, collect
 from loraclr.errors import FormatError, MergeError, PipelineError, UsageError
 from loraclr.formats import describe, load_adapter, save_adapter
 from loraclr.merge import MergeWarning, merge
-from loraclr.methods import LayerSolution, make_method, method_names
+from loraclr.methods import METHODS, LayerSolution, make_method, method_names
 from loraclr.pipeline import Pipeline
 
 UNION = tuple(sorted((*TEXT, *KEYS, *SPATIAL)))
-BRIEF = {"loraclr-reference": {"steps": 3}}  # enough to run through
+BRIEF = {"loraclr-reference": {"steps": 3}, "ziplora": {"steps": 2}, "lorahub": {"budget": 3}}  # enough to run through
 FAITHFUL = {"ridge": 1e-9, "preservation": 0.0, "margin": 0.0}
 KNOWING = ("loraclr", "loraclr-reference")
 
@@ -53,6 +53,9 @@ def distance(a: Adapter, b: Adapter) -> float:
 @pytest.mark.parametrize("method", method_names())
 def test_every_method_makes_one_adapter_of_three(shared, adapters, method):
     before = fingerprint(shared)
+    if method == "linear":
+        refused("factors needs LoRAs of one rank, these are of ranks", adapters, method=method)
+        adapters = [adapter.with_(layers=of_rank_two(adapter)) for adapter in adapters]
     result = run(adapters, shared, method)
     assert fingerprint(shared) == before
     assert tuple(result.adapter.layers) == UNION == tuple(sorted(layer.layer for layer in result.layers))
@@ -60,14 +63,22 @@ def test_every_method_makes_one_adapter_of_three(shared, adapters, method):
     assert all(torch.isfinite(layer.delta()).all() for layer in result.adapter)
     assert list(result.adapter.tokens) == ["<ben>"] and result.adapter.family == "toy"
     assert result.adapter.triggers == ("ada woman", "<ben>", "ben man", "cai man")
-    knowing = bool(make_method(method).needs)
+    needs = make_method(method).needs
+    knowing = "statistics" in needs
     assert result.method == method.partition(":")[0]
     assert math.isfinite(result.mean_residual("fit")) == math.isfinite(result.mean_residual("held_out")) == knowing
-    assert (result.collection is not None) == knowing
+    assert (result.collection is not None) == bool(needs - {"generator"})
     by_layer = {layer.layer: layer for layer in result.layers}
     assert by_layer[TEXT[0]].adapted_by == ("ada",) and by_layer[KEYS[0]].adapted_by == ("ada", "ben", "cai")
     assert all(layer.rank <= 6 for layer in result.layers), "the sum of the input ranks is enough"
     strict_json(json.dumps(result.receipt(), allow_nan=False))
+
+
+def of_rank_two(adapter: Adapter) -> dict[str, LoraLayer]:
+    return {
+        layer.name: replace(layer, down=layer.down[[0, -1]], up=layer.up[:, [0, -1]] if layer.rank > 1 else layer.up[:, [0, 0]] / 2)
+        for layer in adapter
+    }
 
 
 def strict_json(text: str) -> dict:
@@ -77,12 +88,72 @@ def strict_json(text: str) -> dict:
     return json.loads(text, parse_constant=refuse)
 
 
-@pytest.mark.parametrize("method", ["average", "sum", "svd", "loraclr"])
+STOPPED = (
+    "loraclr-reference",
+    "gradient-fusion",
+    "lorahub",
+)  # after a number of steps: far from an optimum, rounding decides where they are
+ORDERED = [method for method in METHODS if method not in (*STOPPED, "pplus", "linear")]
+
+
+@pytest.mark.parametrize("method", ORDERED)
 def test_the_order_of_the_inputs_does_not_matter(shared, adapters, method):
     expected = run(adapters, shared, method).adapter
     for order in [(2, 0, 1), (1, 0, 2)]:
         shuffled = run([adapters[index] for index in order], shared, method).adapter
-        assert distance(shuffled, expected) < (1e-4 if method == "loraclr" else 1e-5)
+        assert distance(shuffled, expected) < (1e-5 if make_method(method).needs <= {"generator"} else 1e-4)
+
+
+def test_a_descent_stopped_early_is_as_good_in_any_order(shared, adapters):
+    fits = [run([adapters[index] for index in order], shared, "gradient-fusion").mean_residual("fit") for order in [(0, 1, 2), (2, 0, 1)]]
+    assert fits[1] == pytest.approx(fits[0], rel=0.03)
+
+
+def test_block_weights_fold_into_the_adapters(shared, adapters):
+    """Ten attention blocks in the tiny UNet, of which the mid block is the fourth and the first up block's the fifth."""
+    numbers = [0.5, 9, 9, 9, 0.25, 2, 9, 9, 9, 9, 9]
+    by_hand = {TEXT[0]: 0.5, KEYS[0]: 0.25, KEYS[2]: 2, SPATIAL[2]: 2, SPATIAL[3]: 0.25}
+    for base in (None, shared):
+        given = numbers if base else [0.5, 0.25, 2]  # without a base the blocks are those that the adapters change
+        result = merge(adapters, base=base, method="sum", block_weights={"ada": given})
+        for name, factor in by_hand.items():
+            own, others = adapters[0].layers[name].delta(), [a.layers[name].delta() for a in adapters[1:] if name in a.layers]
+            assert torch.allclose(result.adapter.layers[name].delta(), factor * own + sum(others), atol=1e-5), name
+        assert [entry["block_weights"] for entry in result.inputs] == [given, None, None]
+    assert strict_json(result.header()["loraclr.receipt"])["inputs"][0]["block_weights"] == numbers
+    ones = run(adapters, shared, block_weights={"ben": [1] * 11})
+    assert distance(ones.adapter, run(adapters, shared).adapter) == 0
+    halved = run(adapters[:1], shared, parameters=FAITHFUL, block_weights={"ada": [0.5] * 11})
+    assert distance(halved.adapter, run(adapters[:1], shared, parameters=FAITHFUL, weights=[0.5]).adapter) < 1e-4
+
+
+def test_block_weights_that_do_not_fit(shared, adapters):
+    said = refused("eve", adapters, UsageError, block_weights={"eve": [1], "ada": [1, 2]})
+    assert "ada has 2 block weights; 3 are needed, BASE and one for each of the 2 attention blocks of the adapters" in said
+    refused("11 are needed.*10 attention blocks of the base", adapters, UsageError, base=shared, block_weights={"ada": [1] * 17})
+
+
+def test_tokens_alone_merge_into_their_union(shared, tmp_path):
+    rows = len(shared.cross_attention_layers), 32
+    pair = [Adapter({}, name=name, tokens={f"<{name}>": torch.randn(*rows)}) for name in ("dee", "eli")]
+    result = merge(pair, method="pplus")
+    assert list(result.adapter.tokens) == ["<dee>", "<eli>"] and not len(result.adapter) and result.layers == ()
+    assert torch.equal(result.adapter.tokens["<eli>"], pair[1].tokens["<eli>"])
+    assert result.adapter.triggers == ("<dee>", "<eli>")
+    back = load_adapter(result.save(tmp_path / "both.pth", format="edlora", dtype=torch.float32))
+    assert not len(back) and torch.equal(back.tokens["<dee>"], pair[0].tokens["<dee>"])
+
+
+def test_custom_diffusion_keeps_keys_and_averages_or_leaves_the_rest(shared, adapters):
+    mean = merge(adapters, method="average").adapter
+    result = run(adapters, shared, "custom-diffusion")
+    none = run(adapters, shared, "custom-diffusion", parameters={"others": "none"})
+    for name in UNION:
+        same = torch.allclose(result.adapter.layers[name].delta(), mean.layers[name].delta(), atol=1e-6)
+        assert same == (name not in KEYS)
+        assert bool(none.adapter.layers[name].delta().any()) == (name in KEYS)
+    assert result.collection["padded"] is True  # SMALL was given; on its own it asks for the released code's prompts
+    assert merge(adapters[2:], base=shared, method="custom-diffusion").collection["padded"] is False
 
 
 @pytest.mark.parametrize("adapter", [0, 1, 2])
@@ -168,6 +239,12 @@ def test_the_same_seed_makes_the_same_file_and_another_does_not(shared, adapters
     for name in (*TEXT, *KEYS):
         assert torch.equal(first.layers[name].delta(), other.layers[name].delta()), "text does not depend on latents"
     assert any(not torch.equal(first.layers[name].delta(), other.layers[name].delta()) for name in SPATIAL)
+
+
+@pytest.mark.parametrize("method", ["dare-linear", "dare-ties"])
+def test_masks_are_the_seeds(adapters, tmp_path, method):
+    files = [merge(adapters, method=method, seed=seed).save(tmp_path / f"{n}.safetensors").read_bytes() for n, seed in enumerate((0, 0, 1))]
+    assert files[0] == files[1] != files[2]
 
 
 @pytest.mark.parametrize("format", ["kohya", "diffusers"])

@@ -10,7 +10,7 @@ from problems import NAME, features, make_problem, relative
 from loraclr import linalg
 from loraclr.adapter import DenseLayer, LoraLayer
 from loraclr.errors import MergeError, NumericalError, UsageError
-from loraclr.methods import METHODS, LayerMethod, cross_talk, make_method, method_names, parameters, residuals
+from loraclr.methods import METHODS, NEEDS, AdapterMethod, LayerMethod, cross_talk, make_method, method_names, parameters, residuals
 from loraclr.methods.contrast import Contrast
 from loraclr.methods.loraclr import LADDER, Loraclr
 from loraclr.methods.loraclr_reference import LoraclrReference
@@ -55,16 +55,36 @@ def descend(function, start, steps=200):
 
 
 def test_every_method_describes_itself():
-    assert tuple(METHODS) == ("loraclr", "loraclr-reference", "average", "sum", "svd")
+    assert tuple(METHODS) == (
+        "loraclr", "loraclr-reference",
+        "average", "gradient-fusion", "regmean", "custom-diffusion", "orthogonal", "pplus", "ziplora", "lorahub",
+        "sum", "svd", "ties", "dare-linear", "dare-ties", "magnitude-prune", "knots", "linear",
+    )  # fmt: skip
     for name, method in METHODS.items():
         made = make_method(name)
-        assert isinstance(made, LayerMethod) and made.name == name and made.summary and made.reference
-        assert made.needs <= {"base", "statistics", "sample", "rows", "preserve", "generator"}
+        assert (
+            isinstance(made, LayerMethod) != isinstance(made, AdapterMethod)
+            and made.name == name
+            and made.summary
+            and made.when
+            and made.reference
+        )
+        assert made.needs <= set(NEEDS)
         for row in parameters(method):
             assert row.help and getattr(made, row.name) == row.default
     assert "loraclr:exact" in method_names() and "average" in method_names()
     for name in method_names():
         make_method(name)
+
+
+def test_other_names_make_the_same_method():
+    assert make_method("concat", scale=0.5) == make_method("task-arithmetic", scale=0.5) == make_method("sum", scale=0.5)
+    names = [word for method in METHODS.values() for word in (method.name, *method.aliases)]
+    assert len(names) == len(set(names))
+    with pytest.raises(UsageError, match="Did you mean 'concat'"):
+        make_method("conkat")
+    with pytest.raises(UsageError, match=r"density=1\.5 must be a finite number, at least 0 and at most 1"):
+        make_method("ties", density=1.5)
 
 
 def test_presets_give_way_to_parameters():

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -50,6 +50,12 @@ def svd_of_product(up: Tensor, down: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return left @ u, s, vh @ right.T
 
 
+def block_diagonal(blocks: Sequence[Tensor]) -> Tensor:
+    """The blocks (rows_i, columns_i) along the diagonal, zeros elsewhere."""
+    whole: Tensor = torch.block_diag(*blocks)  # type: ignore[no-untyped-call]
+    return whole
+
+
 def truncate(up: Tensor, down: Tensor, rank: int) -> Truncation:
     """The best approximation of up @ down of rank `rank` (Eckart-Young), factors balanced by the square root of s."""
     u, s, vh = svd_of_product(up, down)
@@ -67,13 +73,22 @@ def lowest_rank(up: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
 
 def factor(change: Tensor) -> tuple[Tensor, Tensor]:
     """Lowest exact factors of a dense (out, in); where it has full rank, itself and an identity."""
+    up, down, _ = truncate_dense(change, min(change.shape))
+    return up, down
+
+
+def truncate_dense(change: Tensor, rank: int) -> Truncation:
+    """The same of a dense (out, in), cut to its best approximation of rank `rank` where its own is higher. One SVD either way."""
     change = change.to(torch.float64)
     u, s, vh = torch.linalg.svd(change, full_matrices=False)
-    rank = int((s > _rounding(*change.shape) * s.max()).sum())
-    if rank == min(change.shape):
-        return identity_factors(change)
-    root = s[:rank].sqrt()
-    return u[:, :rank] * root, root[:, None] * vh[:rank]
+    own = int((s > _rounding(*change.shape) * s.max()).sum())
+    if own == min(change.shape) <= rank:
+        return Truncation(*identity_factors(change), 0.0)
+    kept = min(own, rank)
+    root = s[:kept].sqrt()
+    return Truncation(
+        u[:, :kept] * root, root[:, None] * vh[:kept], _share(s[rank:].square().sum(), s.square().sum()) if own > rank else 0.0
+    )
 
 
 def identity_factors(change: Tensor) -> tuple[Tensor, Tensor]:

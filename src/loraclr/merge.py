@@ -20,14 +20,16 @@ import torch
 
 from loraclr import __version__
 from loraclr.adapter import Adapter, Layer, LoraLayer
+from loraclr.blocks import weighted
 from loraclr.collect import ALL_ROWS, PAPER, Collection, Concept, collect
 from loraclr.errors import MergeError, UsageError
 from loraclr.formats import load_adapter, save_adapter
 from loraclr.formats.files import digest
-from loraclr.linalg import Truncation, factor, lowest_rank, truncate, truncate_aware
+from loraclr.linalg import Truncation, factor, lowest_rank, truncate, truncate_aware, truncate_dense
 from loraclr.methods import make_method
-from loraclr.methods.problem import LayerMethod, LayerProblem, LayerSolution, residuals
+from loraclr.methods.problem import AdapterMethod, LayerProblem, LayerSolution, Method, residuals
 from loraclr.pipeline import Pipeline
+from loraclr.predictions import model_problem
 from loraclr.statistics import LayerStats
 
 
@@ -61,7 +63,7 @@ class MergeResult:
     parameters: Mapping[str, Any]
     rank: int | None  # the most that was asked for
     base: str | None
-    inputs: tuple[Mapping[str, Any], ...]  # name, file, sha256, weight, call
+    inputs: tuple[Mapping[str, Any], ...]  # name, file, sha256, weight, block_weights, call
     layers: tuple[LayerReceipt, ...]
     versions: Mapping[str, str]
     seed: int
@@ -104,7 +106,7 @@ class MergeResult:
             "parameters": dict(self.parameters),
             "rank": self.rank,
             "seed": self.seed,
-            "inputs": [{key: entry[key] for key in ("name", "sha256", "weight", "call")} for entry in self.inputs],
+            "inputs": [{key: entry[key] for key in ("name", "sha256", "weight", "block_weights", "call")} for entry in self.inputs],
             "residual": {kind: _rounded(self.mean_residual(kind)) for kind in ("fit", "held_out")},
             "versions": dict(self.versions),
         }
@@ -133,53 +135,70 @@ def merge(
     adapters: Sequence[Adapter | str | Path],
     *,
     base: Pipeline | None = None,
-    method: str | LayerMethod = "loraclr",
+    method: str | Method = "loraclr",
     parameters: Mapping[str, Any] | None = None,
     weights: Sequence[float] | None = None,
+    block_weights: Mapping[str, Sequence[float]] | None = None,
     calls: Mapping[str, str] | None = None,
     rank: int | None = None,
     seed: int | None = None,
     collection: Collection | None = None,
+    score: Callable[[Adapter], float] | None = None,
     measure: bool = False,
     name: str = "merged",
     progress: Callable[[str, float], None] | None = None,
 ) -> MergeResult:
     """Merge adapters (or their files) into one.
 
-    `weights` scale each adapter's change, 1 by default. `calls` gives, by adapter name, the words that call it in a prompt;
+    `weights` scale each adapter's change, 1 by default; `block_weights`, by adapter name, multiply that by block: BASE, then the UNet's
+    attention blocks in the order down, mid, up, as `blocks.py` says. `calls` gives, by adapter name, the words that call it in a prompt;
     otherwise its learned tokens or its first trigger. `rank` is the most that the result may have per layer; without it a low-rank
     solution keeps its exact rank and a dense one gets the sum of the input ranks. `measure` collects statistics also for methods
     that need none, to report residuals. `collection` says what is collected; without it, methods that want all rows get the
-    released code's prompts. `progress` is told a phase and its share done, 0..1. Raises MergeError, UsageError.
+    released code's prompts. `score` judges a merged adapter, higher is better, for a method that searches (`lorahub`). `progress` is
+    told a phase and its share done, 0..1. Raises MergeError, UsageError.
     """
     started = time.perf_counter()
     solver = make_method(method, **(parameters or {})) if isinstance(method, str) else method
     if not isinstance(method, str) and parameters:
         raise UsageError("parameters go with a method's name; a method that is already made has its own")
     sources = [(adapter, None) if isinstance(adapter, Adapter) else (load_adapter(adapter), Path(adapter)) for adapter in adapters]
-    concepts = _concepts(
-        [adapter for adapter, _ in sources], weights, calls or {}, needed=bool({"statistics", "sample"} & solver.needs) or measure
-    )
+    prompted = bool({"statistics", "sample", "predictions"} & solver.needs) or measure
+    concepts = _concepts([adapter for adapter, _ in sources], weights, calls or {}, needed=prompted)
+    if block_weights:
+        attentions = None if base is None else base.cross_attention_layers
+        concepts = [
+            dataclasses.replace(concept, adapter=adapter)
+            for concept, adapter in zip(concepts, weighted([c.adapter for c in concepts], block_weights, attentions), strict=True)
+        ]
     shapes = _shapes(concepts)
     if rank is not None and rank < 1:
         raise UsageError(f"rank {rank}: give at least 1")
     if rank is not None and "rank" in _fields(solver) and _fields(solver)["rank"] is None:
         solver = dataclasses.replace(solver, rank=rank)  # type: ignore[type-var]  # it cuts by itself: once is enough
     collecting = measure or bool({"statistics", "sample", "preserve"} & solver.needs)
+    if score is not None and "score" not in solver.needs:
+        raise UsageError(f"{solver.name} searches for nothing, so it takes no score; use lorahub")
     if base is None and (collecting or "base" in solver.needs):
         raise MergeError(f"{solver.name} needs the base model's features; pass the pipeline these adapters were trained on")
-    settings = collection or (PAPER if "rows" in solver.needs else Collection())
+    settings = collection or (PAPER if {"rows", "short"} & solver.needs else Collection())
     seed = settings.seed if seed is None else seed
     settings = dataclasses.replace(
         settings,
         seed=seed,
-        sample=ALL_ROWS if "rows" in solver.needs else settings.sample,
+        sample=ALL_ROWS if "rows" in solver.needs else settings.sample if "sample" in solver.needs else 0,
         preserve=settings.preserve if "preserve" in solver.needs else (),
     )
     stages = [list(shapes)] if base is None else base.stages(list(shapes))
     if base is not None:
         _check_fit(shapes, base)
     seconds = {"load": time.perf_counter() - started, "collect": 0.0, "solve": 0.0}
+    solved: dict[str, LayerSolution] = {}
+    if isinstance(solver, AdapterMethod) and base is not None:
+        began = time.perf_counter()
+        layers = {layer: _problem(layer, shapes, concepts, base, None, seed) for layer in shapes}
+        solved = solver.solve_model(model_problem(base, concepts, layers, settings=settings, score=score))
+        seconds["solve"] += time.perf_counter() - began
     merged: dict[str, Layer] = {}
     receipts: list[LayerReceipt] = []
     for stage, names in enumerate(stages):
@@ -197,17 +216,9 @@ def merge(
             seconds["collect"] += time.perf_counter() - began
         began = time.perf_counter()
         for index, layer in enumerate(names):
-            problem = LayerProblem(
-                layer,
-                shapes[layer],
-                tuple(concept.name for concept in concepts),
-                tuple(concept.adapter.layers.get(layer) for concept in concepts),
-                tuple(concept.weight for concept in concepts),
-                base.base_weight(layer).flatten(1).cpu() if base is not None else None,
-                statistics.get(layer),
-                torch.Generator().manual_seed(_seed_of(layer, seed)),
-            )
-            merged[layer], receipt = _solve(problem, solver, rank, stage)
+            problem = _problem(layer, shapes, concepts, base, statistics.get(layer), seed)
+            solution = solved[layer] if isinstance(solver, AdapterMethod) else solver.solve(problem)
+            merged[layer], receipt = _receipt(problem, solution, solver.name, rank, stage)
             receipts.append(receipt)
             if progress:
                 progress(f"solving stage {stage + 1} of {len(stages)}", (index + 1) / len(names))
@@ -230,6 +241,7 @@ def merge(
                 "file": None if path is None else path.name,
                 "sha256": None if path is None else digest(path),
                 "weight": concept.weight,
+                "block_weights": list((block_weights or {}).get(concept.name, ())) or None,
                 "call": concept.call,
             }
             for concept, (_, path) in zip(concepts, sources, strict=True)
@@ -242,7 +254,7 @@ def merge(
             **({name: version(name) for name in ("diffusers", "transformers")} if base is not None else {}),
         },
         seed,
-        dataclasses.asdict(settings) if collecting else None,
+        dataclasses.asdict(settings) if collecting or prompted else None,
         {key: round(value, 3) for key, value in seconds.items()},
     )
 
@@ -303,7 +315,7 @@ def _shapes(concepts: Sequence[Concept]) -> dict[str, tuple[int, ...]]:
                 )
             if len(layer.shape) > len(known):
                 shapes[layer.name] = layer.shape
-    if not shapes:
+    if not shapes and not any(concept.adapter.tokens for concept in concepts):
         raise MergeError("none of the adapters changes any layer; there is nothing to merge")
     return dict(sorted(shapes.items()))
 
@@ -321,12 +333,31 @@ def _flat(shape: tuple[int, ...]) -> tuple[int, int]:
     return shape[0], int(torch.Size(shape[1:]).numel())
 
 
-def _solve(problem: LayerProblem, solver: LayerMethod, rank: int | None, stage: int) -> tuple[Layer, LayerReceipt]:
-    solution = solver.solve(problem)
-    delta = solution.delta()
-    if not bool(torch.isfinite(delta).all()):
-        raise MergeError(f"{problem.layer}: {solver.name} gave NaN or infinity; raise its regularisation or check this layer of the inputs")
-    up, down, lost = _factors(problem, solution, rank)
+def _problem(
+    layer: str,
+    shapes: Mapping[str, tuple[int, ...]],
+    concepts: Sequence[Concept],
+    base: Pipeline | None,
+    statistics: LayerStats | None,
+    seed: int,
+) -> LayerProblem:
+    return LayerProblem(
+        layer,
+        shapes[layer],
+        tuple(concept.name for concept in concepts),
+        tuple(concept.adapter.layers.get(layer) for concept in concepts),
+        tuple(concept.weight for concept in concepts),
+        base.base_weight(layer).flatten(1).cpu() if base is not None else None,
+        statistics,
+        torch.Generator().manual_seed(_seed_of(layer, seed)),
+    )
+
+
+def _receipt(problem: LayerProblem, solution: LayerSolution, method: str, rank: int | None, stage: int) -> tuple[Layer, LayerReceipt]:
+    parts = [part for part in (solution.change, solution.up, solution.down) if part is not None]
+    if not all(bool(torch.isfinite(part).all()) for part in parts):
+        raise MergeError(f"{problem.layer}: {method} gave NaN or infinity; raise its regularisation or check this layer of the inputs")
+    up, down, lost = file_factors(problem, solution, rank)
     layer: Layer = LoraLayer(
         problem.layer,
         down.view(-1, *problem.shape[1:]),
@@ -343,20 +374,31 @@ def _solve(problem: LayerProblem, solver: LayerMethod, rank: int | None, stage: 
         problem.width,
         solution.status,
         solution.advice,
-        {key: _rounded(value) for key, value in residuals(problem, up @ down).items()},
+        {key: _rounded(value) for key, value in _residuals(problem, up, down).items()},
         {key: _rounded(value) if isinstance(value, float) else value for key, value in solution.diagnostics.items()},
     )
 
 
-def _factors(problem: LayerProblem, solution: LayerSolution, rank: int | None) -> Truncation:
-    """The solution as float64 up (out, rank) and down (rank, in): exact where it can be, else cut where it hurts least."""
+def _residuals(problem: LayerProblem, up: torch.Tensor, down: torch.Tensor) -> dict[str, float]:
+    return residuals(problem, up @ down) if problem.statistics is not None else {}
+
+
+def file_factors(problem: LayerProblem, solution: LayerSolution, rank: int | None = None) -> Truncation:
+    """The solution as float64 up (out, rank) and down (rank, in), as the merged file has them: exact where it can be, else cut where it
+    hurts least. A dense one is cut to `rank`, or without that to the sum of the input ranks.
+    """
     if solution.change is None:
         assert solution.up is not None and solution.down is not None
         up, down = lowest_rank(solution.up, solution.down)
         limit = rank or up.shape[1]
     else:
-        up, down = factor(solution.change)
-        limit = rank or min(up.shape[1], sum(layer.rank for layer in problem.layers if layer is not None))
+        limit = rank or sum(layer.rank for layer in problem.layers if layer is not None)
+        if problem.statistics is None:
+            up, down, lost = truncate_dense(solution.change, limit)
+            if lost:
+                return Truncation(up, down, lost)
+        else:
+            up, down = factor(solution.change)
     if up.shape[1] == 0:
         nothing = torch.zeros(problem.out, 1, dtype=torch.float64), torch.zeros(1, problem.width, dtype=torch.float64)
         return Truncation(*nothing, 0.0)
@@ -371,7 +413,7 @@ def _factors(problem: LayerProblem, solution: LayerSolution, rank: int | None) -
     return truncate_aware(up, down, limit, metric=metric, mu=1e-3 * float(metric.diagonal().mean()))
 
 
-def _fields(solver: LayerMethod) -> dict[str, Any]:
+def _fields(solver: Method) -> dict[str, Any]:
     return {f.name: getattr(solver, f.name) for f in dataclasses.fields(solver)}  # type: ignore[arg-type]
 
 

@@ -88,6 +88,12 @@ class Pipeline:
         return loaded
 
     @property
+    def unet(self) -> nn.Module:
+        """The denoiser itself, for passes with gradients."""
+        unet: nn.Module = self._unet
+        return unet
+
+    @property
     def device(self) -> torch.device:
         return torch.device(self._unet.device)
 

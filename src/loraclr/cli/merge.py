@@ -30,6 +30,15 @@ def merge(
         list[str],
         typer.Option(metavar="[NAME=]NUMBER", help="Strength of an adapter, by its file's name or in order; repeatable.", show_default="1"),
     ] = [],  # noqa: B006
+    block_weights: Annotated[
+        list[str],
+        typer.Option(
+            metavar="NAME=N,N,...",
+            help="Strength of an adapter by block: BASE, then each attention block in the order down, mid, up "
+            "(17 numbers for Stable Diffusion 1); repeatable.",
+            show_default=False,
+        ),
+    ] = [],  # noqa: B006
     trigger: Annotated[
         list[str],
         typer.Option(metavar="NAME=WORDS", help="The words that call an adapter in a prompt; repeatable.", show_default="as the files say"),
@@ -49,16 +58,17 @@ def merge(
     _check_output(output, format, force=force)
     names = [parse.adapter_name(path) for path in files]
     weights = parse.weights(weight, names)
+    blocks = parse.block_weights(block_weights)
     calls = dict(parse.pair(text, "--trigger") for text in trigger)
 
     import torch
 
     from loraclr.merge import merge as run
-    from loraclr.methods import METHODS, make_method, parameters
+    from loraclr.methods import find_method, make_method, parameters
     from loraclr.pipeline import Pipeline
 
-    known = METHODS.get(method.partition(":")[0])
-    solver = make_method(method, **parse.settings(set_, {row.name: row.type for row in parameters(known)} if known else {}))
+    known = parameters(find_method(method.partition(":")[0]))
+    solver = make_method(method, **parse.settings(set_, {row.name: row.type for row in known}))
     pipeline = None if base is None else Pipeline.load(base)
     with show.progress(quiet=json) as tell:
         result = run(
@@ -66,6 +76,7 @@ def merge(
             base=pipeline,
             method=solver,
             weights=weights,
+            block_weights=blocks,
             calls=calls,
             rank=rank,
             seed=seed,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -13,40 +14,48 @@ from loraclr.cli import show
 def methods(
     name: Annotated[str | None, typer.Argument(metavar="[METHOD]", help="Only this one, with its description.", show_default=False)] = None,
     json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
+    markdown: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="Rewrite the docs of this package's source folder.", show_default=False)
+    ] = None,
 ) -> None:
     """List the merge methods, their presets and their parameters."""
-    from loraclr.methods import METHODS, make_method
+    from loraclr.methods import METHODS, describe, find_method, make_method
 
-    if name is not None and name not in METHODS:
-        make_method(name)  # says what is wrong with the name, unless it has a preset
-        name = name.partition(":")[0]
-    chosen: list[Any] = [METHODS[name]] if name else list(METHODS.values())
+    if markdown is not None:
+        for path in describe.write(markdown):
+            show.out.print(f"written: {path}", markup=False)
+        return
+    if name is not None:
+        make_method(name)  # says what is wrong with the name or its preset
+    chosen: list[Any] = [find_method(name.partition(":")[0])] if name else list(METHODS.values())
     if json:
         show.as_json([_record(method) for method in chosen])
         return
     if name is None:
         overview = show.table("method", "what it does", "needs a base", "presets")
         for method in chosen:
-            overview.add_row(method.name, method.summary, "yes" if method().needs else "no", " ".join(_presets(method)))
+            overview.add_row(method.name, method.summary, "yes" if describe.needs_base(method) else "no", " ".join(_presets(method)))
         show.out.print(overview)
     for method in chosen:
         _show(method, described=name is not None)
 
 
 def _show(method: Any, *, described: bool) -> None:
-    from loraclr.methods import parameters
+    from loraclr.methods import describe, parameters
 
     if not described:
         show.out.print()
-    show.out.print(f"{method.name}  ({method.reference})", style="bold", markup=False)
+    names = method.name + (f", also {', '.join(method.aliases)}" if method.aliases else "")
+    show.out.print(f"{names}  ({method.reference})", style="bold", markup=False)
     if described:
+        show.out.print(f"When: {method.when}.\nInputs: {describe.inputs(method)}.\n", markup=False)
         show.out.print("\n".join(line.strip() for line in (method.__doc__ or "").strip().splitlines()), markup=False)
     table = show.table("  parameter", "default", "meaning")
     for row in parameters(method):
         choices = f" [{', '.join(row.choices)}]" if row.choices else ""
-        table.add_row(f"  {row.name}", _word(row.default), Text(row.help + choices))
+        table.add_row(f"  {row.name}", describe.word(row.default), Text(row.help + choices))
     for preset, values in _presets(method).items():
-        words = ", ".join(f"{key}={_word(value)}" for key, value in values.items())
+        words = ", ".join(f"{key}={describe.word(value)}" for key, value in values.items())
         table.add_row(f"  :{preset}", "", f"preset: {words or 'the defaults'}")
     show.out.print(table if table.row_count else "  no parameters")
 
@@ -56,7 +65,9 @@ def _record(method: Any) -> dict[str, object]:
 
     return {
         "name": method.name,
+        "aliases": list(method.aliases),
         "summary": method.summary,
+        "when": method.when,
         "reference": method.reference,
         "needs": sorted(method().needs),
         "presets": _presets(method),
@@ -66,10 +77,3 @@ def _record(method: Any) -> dict[str, object]:
 
 def _presets(method: Any) -> dict[str, dict[str, object]]:
     return {preset: dict(values) for preset, values in method.presets.items()}
-
-
-def _word(value: object) -> str:
-    """As `--set` reads it back."""
-    if isinstance(value, tuple):
-        return ",".join(map(_word, value))
-    return str(value).lower() if isinstance(value, bool) or value is None else f"{value:g}" if isinstance(value, float) else str(value)

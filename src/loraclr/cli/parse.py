@@ -88,6 +88,19 @@ def by_name(texts: Sequence[str], names: Sequence[str], what: str) -> dict[str, 
     return {name: common[0] for name in names if common} | found
 
 
+def block_weights(texts: Sequence[str]) -> dict[str, list[float]]:
+    """`--block-weights NAME=N,N,...` words; how many numbers there must be is for the merge to say."""
+    found: dict[str, list[float]] = {}
+    for text in texts:
+        name, _, values = text.rpartition("=")
+        if not name.strip() or not values.strip():
+            raise UsageError(f"--block-weights {text!r} is not of the form NAME=N,N,...")
+        if name.strip() in found:
+            raise UsageError(f"--block-weights {name.strip()} is given twice; keep one")
+        found[name.strip()] = [number(value, f"--block-weights {name.strip()}:") for value in values.split(",")]
+    return found
+
+
 def number(text: str, what: str) -> float:
     try:
         value = float(text)

@@ -6,22 +6,57 @@ from typing import Any
 
 from loraclr.errors import UsageError
 from loraclr.methods.average import Average
+from loraclr.methods.custom_diffusion import CustomDiffusion
+from loraclr.methods.dare_linear import DareLinear
+from loraclr.methods.dare_ties import DareTies
+from loraclr.methods.gradient_fusion import GradientFusion
+from loraclr.methods.knots import Knots
+from loraclr.methods.linear import Linear
 from loraclr.methods.loraclr import Loraclr
 from loraclr.methods.loraclr_reference import LoraclrReference
+from loraclr.methods.lorahub import Lorahub
+from loraclr.methods.magnitude_prune import MagnitudePrune
 from loraclr.methods.options import Parameter, faults, nearest, parameters
-from loraclr.methods.problem import LayerMethod, LayerProblem, LayerSolution, cross_talk, residuals
+from loraclr.methods.orthogonal import Orthogonal
+from loraclr.methods.pplus import Pplus
+from loraclr.methods.problem import (
+    NEEDS,
+    AdapterMethod,
+    LayerMethod,
+    LayerProblem,
+    LayerSolution,
+    Method,
+    ModelProblem,
+    cross_talk,
+    residuals,
+)
+from loraclr.methods.regmean import Regmean
 from loraclr.methods.sum import Sum
 from loraclr.methods.svd import Svd
+from loraclr.methods.ties import Ties
+from loraclr.methods.ziplora import Ziplora
 
-METHODS: dict[str, type] = {method.name: method for method in (Loraclr, LoraclrReference, Average, Sum, Svd)}
+METHODS: dict[str, type] = {
+    method.name: method
+    for method in (
+        *(Loraclr, LoraclrReference),
+        *(Average, GradientFusion, Regmean, CustomDiffusion, Orthogonal, Pplus, Ziplora, Lorahub),  # the baselines of its tables
+        *(Sum, Svd, Ties, DareLinear, DareTies, MagnitudePrune, Knots, Linear),  # what people use
+    )
+}
 
 __all__ = [
     "METHODS",
+    "NEEDS",
+    "AdapterMethod",
     "LayerMethod",
     "LayerProblem",
     "LayerSolution",
+    "Method",
+    "ModelProblem",
     "Parameter",
     "cross_talk",
+    "find_method",
     "make_method",
     "method_names",
     "parameters",
@@ -34,15 +69,22 @@ def method_names() -> tuple[str, ...]:
     return tuple(name + suffix for name, method in METHODS.items() for suffix in ("", *(f":{preset}" for preset in _presets(method))))
 
 
-def make_method(name: str, **parameters: object) -> LayerMethod:
-    """The method of that name, or `NAME:PRESET`, with these hyper-parameters over the preset's.
+def find_method(name: str) -> Any:
+    """The class of that name or alias, without a preset. Raises UsageError."""
+    for method in METHODS.values():
+        if name in _names(method):
+            return method
+    known = [word for method in METHODS.values() for word in _names(method)]
+    raise UsageError(f"no method {name!r}.{nearest(name, known)} There are: {', '.join(method_names())}.")
+
+
+def make_method(name: str, **parameters: object) -> Method:
+    """The method of that name or alias, or `NAME:PRESET`, with these hyper-parameters over the preset's.
 
     Raises UsageError that names everything wrong at once: the name, unknown parameters and values out of range.
     """
     base, _, preset = name.partition(":")
-    method = METHODS.get(base)
-    if method is None:
-        raise UsageError(f"no method {base!r}.{nearest(base, METHODS)} There are: {', '.join(method_names())}.")
+    method = find_method(base)
     presets = _presets(method)
     found = []
     if preset and preset not in presets:
@@ -50,8 +92,12 @@ def make_method(name: str, **parameters: object) -> LayerMethod:
     found += faults(method, parameters)
     if found:
         raise UsageError(f"method {base!r}: " + " ".join(found))
-    made: LayerMethod = method(**{**presets.get(preset, {}), **parameters})
+    made: Method = method(**{**presets.get(preset, {}), **parameters})
     return made
+
+
+def _names(method: Any) -> tuple[str, ...]:
+    return (method.name, *method.aliases)
 
 
 def _presets(method: Any) -> dict[str, dict[str, object]]:

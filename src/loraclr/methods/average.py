@@ -21,6 +21,7 @@ class Average(Checked):
 
     name: ClassVar[str] = "average"
     summary: ClassVar[str] = "mean of the deltas (FedAvg): safe and weak, every concept at 1/N"
+    when: ClassVar[str] = "as a floor, or for several versions of one concept"
     reference: ClassVar[str] = "McMahan et al. 2017, arXiv 1602.05629"
     needs: ClassVar[frozenset[str]] = frozenset()
 

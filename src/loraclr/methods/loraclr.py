@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Annotated, ClassVar, Literal
 
@@ -56,6 +56,7 @@ class Loraclr(Checked):
 
     name: ClassVar[str] = "loraclr"
     summary: ClassVar[str] = "the LoRACLR objective at its optimum, in closed form, with a certificate"
+    when: ClassVar[str] = "first; several concepts that must all keep their identity, with the base at hand"
     reference: ClassVar[str] = "Simsar et al. 2025, arXiv 2412.09622"
     presets: ClassVar[Mapping[str, Mapping[str, object]]] = MappingProxyType(
         {
@@ -113,9 +114,8 @@ class Loraclr(Checked):
             notes["data_gradient_over_lambda"] = pull
             if not v.any():
                 status, advice = "zero", f"the penalty outweighs the data, whose gradient is {pull:.2g} of lambda; lower `penalty`"
-        return LayerSolution.of_factors(
-            quadratic.up, v, status=status, advice=advice, metric=quadratic.with_mu(quadratic.mu + extra).metric, **notes
-        )
+        solution = LayerSolution.of_factors(quadratic.up, v, status=status, advice=advice, **notes)
+        return replace(solution, metric=quadratic.with_mu(quadratic.mu + extra).metric)
 
     def _certify(self, problem: LayerProblem, up: Tensor, v: Tensor) -> tuple[str, Tensor, Contrast]:
         """The certificate of the convex minimiser Q V, empty where the hinge is active; the distances it rests on, and their contrast.

@@ -47,6 +47,7 @@ class LoraclrReference(Checked):
 
     name: ClassVar[str] = "loraclr-reference"
     summary: ClassVar[str] = "LoRACLR as published: the paper's objective and the released code's optimiser"
+    when: ClassVar[str] = "to compare with the paper and the released code; slower, and the result is cut to a rank"
     reference: ClassVar[str] = "Simsar et al. 2025, arXiv 2412.09622"
     needs: ClassVar[frozenset[str]] = frozenset({"base", "statistics", "sample", "rows"})
     presets: ClassVar[Mapping[str, Mapping[str, object]]] = MappingProxyType(

@@ -17,6 +17,7 @@ class Option(NamedTuple):
 
     help: str
     minimum: float | None = None
+    maximum: float | None = None
 
 
 class Parameter(NamedTuple):
@@ -28,6 +29,7 @@ class Parameter(NamedTuple):
     help: str
     choices: tuple[str, ...]
     minimum: float | None
+    maximum: float | None
 
 
 def parameters(method: type) -> tuple[Parameter, ...]:
@@ -37,7 +39,7 @@ def parameters(method: type) -> tuple[Parameter, ...]:
     for item in dataclasses.fields(method):
         kind, option = get_args(hints[item.name])
         choices = get_args(kind) if get_origin(kind) is Literal else ()
-        rows.append(Parameter(item.name, kind, item.default, option.help, choices, option.minimum))
+        rows.append(Parameter(item.name, kind, item.default, option.help, choices, option.minimum, option.maximum))
     return tuple(rows)
 
 
@@ -68,12 +70,13 @@ def _fault(row: Parameter, value: object) -> str:
         if isinstance(value, tuple) and all(_is(item, float) and item >= (row.minimum or 0) for item in value):
             return ""
         return "a tuple of finite numbers, none below 0"
-    if any(_is(value, kind) for kind in kinds or (row.type,)) and not (
-        row.minimum is not None and isinstance(value, int | float) and value < row.minimum
-    ):
+    least = -math.inf if row.minimum is None else row.minimum
+    most = math.inf if row.maximum is None else row.maximum
+    if any(_is(value, kind) for kind in kinds or (row.type,)) and not (isinstance(value, int | float) and not least <= value <= most):
         return ""
     words = {bool: "true or false", int: "a whole number", float: "a finite number", type(None): "None"}
-    return " or ".join(words[kind] for kind in kinds or (row.type,)) + (f", at least {row.minimum:g}" if row.minimum is not None else "")
+    bounds = [f"{word} {bound:g}" for word, bound in (("at least", row.minimum), ("at most", row.maximum)) if bound is not None]
+    return ", ".join([" or ".join(words[kind] for kind in kinds or (row.type,)), *([" and ".join(bounds)] if bounds else [])])
 
 
 def _is(value: object, kind: type) -> bool:
@@ -83,8 +86,12 @@ def _is(value: object, kind: type) -> bool:
 
 
 class Checked:
-    """Base of the methods: their hyper-parameters are checked when they are made. `presets` are named settings of them."""
+    """Base of the methods: their hyper-parameters are checked when they are made.
 
+    `presets` are named settings of them, `aliases` other names for the method.
+    """
+
+    aliases: ClassVar[tuple[str, ...]] = ()
     presets: ClassVar[Mapping[str, Mapping[str, object]]] = MappingProxyType({})
 
     def __post_init__(self) -> None:

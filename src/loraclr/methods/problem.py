@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from types import MappingProxyType
 from typing import ClassVar, Protocol, runtime_checkable
 
 import torch
@@ -117,19 +118,37 @@ class LayerSolution:
         return self.up @ self.down
 
     @staticmethod
-    def of_factors(
-        up: Tensor,
-        down: Tensor,
-        *,
-        status: str = "ok",
-        advice: str = "",
-        metric: Callable[[], Tensor] | None = None,
-        **diagnostics: float | str | bool,
-    ) -> LayerSolution:
+    def of_factors(up: Tensor, down: Tensor, *, status: str = "ok", advice: str = "", **diagnostics: float | str | bool) -> LayerSolution:
         """Of up (out, k) and down (k, in): as they are, or multiplied out (beside an identity) where k is more than any rank needs."""
         if up.shape[1] > min(up.shape[0], down.shape[1]):
             up, down = linalg.identity_factors(up @ down)
-        return LayerSolution(up, down, None, status, advice, diagnostics, metric)
+        return LayerSolution(up, down, None, status, advice, diagnostics)
+
+
+@dataclass(frozen=True, eq=False)
+class ModelProblem:
+    """All layers of N concepts at once, for methods that judge the whole model. `layers` carry no statistics."""
+
+    concepts: tuple[str, ...]
+    layers: Mapping[str, LayerProblem]
+    loss: Callable[[Mapping[str, Tensor], int | None], Tensor]  # `Predictions.loss` of deltas (out, in) by layer
+    score: Callable[[Mapping[str, Tensor]], float] | None = None  # the user's, of the same; higher is better
+    seed: int = 0
+
+
+NEEDS: Mapping[str, str] = MappingProxyType(
+    {
+        "base": "the base's weights",
+        "statistics": "what each layer saw on each concept's prompts",
+        "sample": "paired rows of that",
+        "rows": "all rows, on the released code's few prompts",
+        "short": "the released code's few unpadded prompts",
+        "preserve": "statistics of concept-free prompts",
+        "predictions": "the model's noise predictions under each adapter",
+        "score": "a score of yours, if you have one",
+        "generator": "a seed",
+    }
+)
 
 
 @runtime_checkable
@@ -137,14 +156,34 @@ class LayerMethod(Protocol):
     """A frozen dataclass whose fields are its hyper-parameters."""
 
     name: ClassVar[str]
-    summary: ClassVar[str]
+    summary: ClassVar[str]  # the idea, in a line
+    when: ClassVar[str]  # to use it
     reference: ClassVar[str]
 
     @property
     def needs(self) -> frozenset[str]:
-        """Of "base", "statistics", "sample", "rows" (the sample is all rows), "preserve", "generator": what these parameters ask for."""
+        """What these parameters ask for: the keys of `NEEDS`."""
 
     def solve(self, problem: LayerProblem) -> LayerSolution: ...
+
+
+@runtime_checkable
+class AdapterMethod(Protocol):
+    """As LayerMethod, but solves all layers together, by what the whole model does."""
+
+    name: ClassVar[str]
+    summary: ClassVar[str]
+    when: ClassVar[str]
+    reference: ClassVar[str]
+
+    @property
+    def needs(self) -> frozenset[str]: ...
+
+    def solve_model(self, problem: ModelProblem) -> dict[str, LayerSolution]:
+        """One solution for each of `problem.layers`."""
+
+
+Method = LayerMethod | AdapterMethod
 
 
 def residuals(problem: LayerProblem, delta: Tensor) -> dict[str, float]:

@@ -24,6 +24,7 @@ class Svd(Checked):
 
     name: ClassVar[str] = "svd"
     summary: ClassVar[str] = "weighted sum of the deltas, cut to a small rank by SVD"
+    when: ClassVar[str] = "as `sum`, where a file of small rank is wanted and no base is at hand"
     reference: ClassVar[str] = "Eckart and Young 1936, doi 10.1007/BF02288367"
     needs: ClassVar[frozenset[str]] = frozenset()
 

@@ -1,0 +1,225 @@
+"""Every method that works from the files alone, on layers of Stable Diffusion 1.5's shapes, beside PEFT.
+
+    python -m benchmarks.methods [--json FILE] [--quick] [--only METHOD ...]
+
+Twelve LoRAs of mixed ranks per layer. Ours is timed from the adapters' factors to the factors of the merged file, PEFT's is the whole of
+its `add_weighted_adapter` with the type of the same meaning (those that vote or prune on deltas, "_svd"; for these ours is cut to the
+same rank). PEFT keeps its weights in float32, we solve in float64. The error is against the exact weighted sum of the deltas, for
+methods that aim at it. Seconds are medians, memory is the peak above the inputs. `--quick` only checks that it runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import warnings
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+
+from benchmarks.solver import PeakMemory, provenance, timed
+from loraclr.adapter import LoraLayer
+from loraclr.merge import file_factors
+from loraclr.methods import METHODS, LayerProblem, LayerSolution, make_method
+from loraclr.methods.describe import needs_base
+
+RANKS = (4, 4, 8, 8, 8, 16, 16, 32, 32, 32, 64, 64)
+SHAPES = {
+    "attention 320": (320, 320),
+    "k/v 320": (320, 768),
+    "attention 640": (640, 640),
+    "k/v 1280": (1280, 768),
+    "attention 1280": (1280, 1280),
+    "feed-forward 640": (640, 2560),
+}
+CUT = 64  # the rank to which dense merges and `svd` are cut, ours and PEFT's
+PEFTS = {
+    "sum": "cat",
+    "svd": "svd",
+    "ties": "ties_svd",
+    "dare-linear": "dare_linear_svd",
+    "dare-ties": "dare_ties_svd",
+    "magnitude-prune": "magnitude_prune_svd",
+    "linear": "linear",
+}
+SUMS = ("sum", "orthogonal", "svd", "dare-linear", "magnitude-prune", "linear")
+GOALS = {"svd": 10.0}  # times faster than PEFT at 1280 x 1280; others not slower
+DENSITY = 0.3
+
+
+@dataclass(frozen=True)
+class Row:
+    """One method on one layer. Seconds and megabytes, ours and PEFT's; errors against the exact sum."""
+
+    layer: str
+    method: str
+    seconds: float
+    megabytes: float
+    rank: int
+    error: float | None
+    peft_seconds: float | None
+    peft_megabytes: float | None
+    peft_error: float | None
+    apart: float | None  # relative distance of ours and PEFT's, where both are deterministic
+    goal: bool | None
+
+
+def problem(shape: tuple[int, int], ranks: tuple[int, ...], seed: int = 0) -> LayerProblem:
+    """Adapters as large as trained ones: each 5 % of a weight of variance 1 / in."""
+    make = torch.Generator().manual_seed(seed)
+    out, width = shape
+    layers = []
+    for rank in ranks:
+        down, up = torch.randn(rank, width, generator=make), torch.randn(out, rank, generator=make)
+        layers.append(
+            LoraLayer("unet.layer", down, up * (0.05 * out**0.5 / float((up @ down).norm())))
+        )  # in `up`: `linear` looks at factors
+    names = tuple(f"concept{index}" for index in range(len(ranks)))
+    return LayerProblem("unet.layer", shape, names, tuple(layers), (1.0,) * len(ranks), generator=torch.Generator().manual_seed(seed))
+
+
+class Peft:
+    """The same adapters in PEFT, on one linear layer."""
+
+    def __init__(self, given: LayerProblem) -> None:
+        from peft import LoraConfig, get_peft_model
+
+        base = nn.Sequential(nn.Linear(given.width, given.out, bias=False))
+        for index, (name, layer) in enumerate(zip(given.concepts, given.layers, strict=True)):
+            assert isinstance(layer, LoraLayer)
+            config = LoraConfig(r=layer.rank, lora_alpha=layer.rank, target_modules=["0"])
+            if index:
+                self.model.add_adapter(name, config)
+            else:
+                self.model: Any = get_peft_model(base, config, adapter_name=name)
+            module = self.model.base_model.model[0]
+            module.lora_A[name].weight.data.copy_(layer.down)
+            module.lora_B[name].weight.data.copy_(layer.up)
+        self.names = list(given.concepts)
+
+    def merge(self, kind: str, rank: int) -> Tensor:
+        """(out, in), float64. PEFT does nothing where the name is taken, so that it is freed first."""
+        if "merged" in self.model.peft_config:
+            self.model.delete_adapter("merged")
+        settings: dict[str, object] = {"svd_rank": rank} if kind.endswith("svd") else {}
+        if kind.startswith(("ties", "dare", "magnitude")):
+            settings["density"] = DENSITY
+        self.model.add_weighted_adapter(self.names, [1.0] * len(self.names), "merged", combination_type=kind, **settings)
+        module = self.model.base_model.model[0]
+        product: Tensor = module.lora_B["merged"].weight.detach().double() @ module.lora_A["merged"].weight.detach().double()
+        return product * module.scaling["merged"]
+
+
+def measure(layer: str, shape: tuple[int, int], method: str, ranks: tuple[int, ...], repeats: int) -> Row:
+    """`linear` and PEFT's type of that name can only add factors of one rank: all get the mean rank."""
+    if method == "linear":
+        ranks = (max(sum(ranks) // len(ranks), 1),) * len(ranks)
+    given = problem(shape, ranks)
+    fields = METHODS[method].__dataclass_fields__  # type: ignore[attr-defined]
+    most = min(CUT, min(shape) // 2)  # PEFT's "svd" types raise where the rank is above out or in
+    cut = most if "density" in fields and method != "knots" else None
+    parameters: dict[str, object] = ({"density": DENSITY} if "density" in fields else {}) | ({"rank": most} if method == "svd" else {})
+    made = make_method(method, **parameters)
+
+    def ours() -> LayerSolution:
+        fresh = replace(given)  # factors are kept once they are made
+        up, down, _ = file_factors(fresh, made.solve(fresh), cut)
+        return LayerSolution(up, down)
+
+    solution, seconds = timed(ours, repeats)
+    with PeakMemory() as memory:
+        ours()
+    exact = torch.stack(given.deltas()).sum(0)
+    error = _relative(solution.delta(), exact) if method in SUMS else None
+    peft_seconds = peft_megabytes = peft_error = apart = None
+    goal = None
+    if method in PEFTS:
+        peft = Peft(given)
+
+        def theirs() -> LayerSolution:
+            return LayerSolution(change=peft.merge(PEFTS[method], most))
+
+        found, peft_seconds = timed(theirs, repeats)
+        with PeakMemory() as more:
+            theirs()
+        peft_megabytes = more.megabytes
+        peft_error = _relative(found.delta(), exact) if method in SUMS else None
+        apart = None if method.startswith("dare") else _relative(solution.delta(), found.delta())
+        goal = peft_seconds / seconds >= (GOALS.get(method, 1.0) if shape == (1280, 1280) else 1.0)
+    assert solution.up is not None
+    return Row(layer, method, seconds, memory.megabytes, solution.up.shape[1], error, peft_seconds, peft_megabytes, peft_error, apart, goal)
+
+
+def _relative(a: Tensor, b: Tensor) -> float:
+    return float((a.double() - b.double()).norm() / b.double().norm())
+
+
+def table(rows: list[Row]) -> Table:
+    made = Table(title="merges from the files alone, beside PEFT's add_weighted_adapter")
+    for column in (
+        "layer",
+        "method",
+        "s",
+        "PEFT s",
+        "times faster",
+        "MB",
+        "PEFT MB",
+        "rank",
+        "error to the sum",
+        "PEFT's",
+        "apart",
+        "goal",
+    ):
+        made.add_column(column)
+    show: Callable[[float | None, str], str] = lambda value, form: "-" if value is None else format(value, form)  # noqa: E731
+    for row in rows:
+        faster = None if row.peft_seconds is None else row.peft_seconds / row.seconds
+        made.add_row(
+            row.layer,
+            row.method,
+            f"{row.seconds:.4f}",
+            show(row.peft_seconds, ".4f"),
+            show(faster, ".1f"),
+            f"{row.megabytes:.0f}",
+            show(row.peft_megabytes, ".0f"),
+            str(row.rank),
+            show(row.error, ".1e"),
+            show(row.peft_error, ".1e"),
+            show(row.apart, ".1e"),
+            {None: "-", True: "[green]pass[/]", False: "[red]FAIL[/]"}[row.goal],
+        )
+    return made
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--json", type=Path, help="write the numbers here")
+    parser.add_argument("--quick", action="store_true", help="two small layers, one run each: does it run?")
+    parser.add_argument("--only", nargs="*", help="only these methods")
+    options = parser.parse_args()
+    weightless = [name for name, method in METHODS.items() if not needs_base(method) and name != "pplus"]
+    methods = [name for name in weightless if not options.only or name in options.only]
+    shapes, ranks, repeats = SHAPES, RANKS, 3
+    if options.quick:
+        shapes, ranks, repeats = {"small": (160, 96), "wide": (80, 192)}, (4, 8, 8, 16), 1
+    console, rows = Console(), []
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module="peft")
+        measure("warm-up", (64, 48), "svd", (2, 4), 1)
+        for layer, shape in shapes.items():
+            rows += [measure(f"{layer}, {shape[0]} x {shape[1]}", shape, method, ranks, repeats) for method in methods]
+            console.print(f"{layer}: done")
+    console.print(table(rows))
+    if options.json:
+        settings = {"ranks": ranks, "cut": CUT, "density": DENSITY, "quick": options.quick}
+        options.json.write_text(json.dumps({**provenance(), **settings, "rows": [asdict(row) for row in rows]}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
