@@ -26,14 +26,14 @@ def sd15() -> dict[str, torch.nn.Module]:
     }
 
 
-def segmentations(flat: str) -> int:
+def segmentations(component: str, flat: str) -> int:
     """In how many ways the pieces between underscores can be grouped into known words."""
     pieces = flat.split("_")
     ways = [1] + [0] * len(pieces)
     for end in range(1, len(pieces) + 1):
         for start in range(end):
             word = "_".join(pieces[start:end])
-            if word in names.WORDS or (end - start == 1 and word.isdecimal()):
+            if word in names.WORDS[component] or (end - start == 1 and word.isdecimal()):
                 ways[end] += ways[start]
     return ways[-1]
 
@@ -50,26 +50,29 @@ def test_every_layer_maps_back_uniquely(sd15):
         component, path = names.split(name)
         assert names.component_of(path) == component
         flat = names.with_text_model(component, path).replace(".", "_")
-        assert names.dotted(flat) == names.with_text_model(component, path)
-        assert segmentations(flat) == 1, flat
+        assert names.dotted(component, flat) == names.with_text_model(component, path)
+        assert segmentations(component, flat) == 1, flat
         flats.add((component, flat))
-        assert kohya._canonical(kohya._flat(name)) == name
+        assert kohya._place(kohya._flat(name, two=False)) == name
     assert len(flats) == len(sd15)
 
 
 @pytest.mark.parametrize(
-    ("flat", "path"),
+    ("component", "flat", "path"),
     [
-        ("mid_block_attentions_0_proj_in", "mid_block.attentions.0.proj_in"),
-        ("up_blocks_1_resnets_2_time_emb_proj", "up_blocks.1.resnets.2.time_emb_proj"),
-        ("encoder_layers_11_self_attn_out_proj", "encoder.layers.11.self_attn.out_proj"),
-        ("down_blocks_0_attentions_0_to_x", None),
-        ("down_blocks__attentions", None),
-        ("", None),
+        ("unet", "mid_block_attentions_0_proj_in", "mid_block.attentions.0.proj_in"),
+        ("unet", "up_blocks_1_resnets_2_time_emb_proj", "up_blocks.1.resnets.2.time_emb_proj"),
+        ("text_encoder", "encoder_layers_11_self_attn_out_proj", "encoder.layers.11.self_attn.out_proj"),
+        ("text_encoder_2", "encoder_block_3_layer_1_DenseReluDense_wi_0", "encoder.block.3.layer.1.DenseReluDense.wi_0"),
+        ("transformer", "single_transformer_blocks_7_proj_mlp", "single_transformer_blocks.7.proj_mlp"),
+        ("transformer", "mid_block_attentions_0_proj_in", None),
+        ("unet", "down_blocks_0_attentions_0_to_x", None),
+        ("unet", "down_blocks__attentions", None),
+        ("unet", "", None),
     ],
 )
-def test_by_hand(flat, path):
-    assert names.dotted(flat) == path
+def test_by_hand(component, flat, path):
+    assert names.dotted(component, flat) == path
 
 
 def ldm_layers() -> dict[str, str]:
@@ -89,7 +92,7 @@ def ldm_layers() -> dict[str, str]:
         for a, b in inner.items():
             found[f"{old}_0_{a}"] = f"{new.format('resnets')}.{b}"
         for path in transformer if attention else ():
-            found[f"{old}_1_{path}"] = f"{new.format('attentions')}.{names.dotted(path)}"
+            found[f"{old}_1_{path}"] = f"{new.format('attentions')}.{names.dotted('unet', path)}"
 
     number = 1
     for level in range(4):
@@ -109,14 +112,14 @@ def ldm_layers() -> dict[str, str]:
     for a, b in inner.items():
         found |= {f"middle_block_0_{a}": f"mid_block.resnets.0.{b}", f"middle_block_2_{a}": f"mid_block.resnets.1.{b}"}
     for path in transformer:
-        found[f"middle_block_1_{path}"] = f"mid_block.attentions.0.{names.dotted(path)}"
+        found[f"middle_block_1_{path}"] = f"mid_block.attentions.0.{names.dotted('unet', path)}"
     return found
 
 
 def test_original_block_names(sd15):
     layers = ldm_layers()
     for old, new in layers.items():
-        assert kohya._canonical(f"lora_unet_{old}") == f"unet.{new}", old
+        assert kohya._place(f"lora_unet_{old}") == f"unet.{new}", old
     reached = {f"unet.{new}" for new in layers.values()}
     assert {name for name in sd15 if name.startswith("unet.") and "transformer_blocks" not in name} <= reached | {
         name.replace("_shortcut", "") for name in reached
@@ -127,4 +130,4 @@ def test_original_block_names(sd15):
     "old", ["input_blocks_3_0_in_layers_2", "input_blocks_4_2_proj_in", "output_blocks_1_1_conv", "middle_block_3_x", "input_blocks_0_1_op"]
 )
 def test_no_such_original_layer(old):
-    assert ldm.is_ldm(old) and kohya._canonical(f"lora_unet_{old}") is None
+    assert ldm.is_ldm(old) and kohya._place(f"lora_unet_{old}") is None

@@ -28,13 +28,13 @@ _STALE = {
 }
 
 
-def family(metadata: Mapping[str, str]) -> str | None:
-    """`sd1`, `sdxl`, ... ; a model specification outside the table is kept as it stands, less its `/lora`."""
+def family(metadata: Mapping[str, str], guess: str | None = None) -> str | None:
+    """`sd1`, `sdxl`, ... as stated, else the `guess`; a model specification outside the table is kept as it stands, less its `/lora`."""
     version, architecture = metadata.get("ss_base_model_version", ""), metadata.get(ARCHITECTURE, "")
     for ours_starts, spec_starts, word in _FAMILIES:
         if version.startswith(ours_starts) or architecture.startswith(spec_starts):
             return word
-    return architecture.removesuffix("/lora") or None
+    return guess or architecture.removesuffix("/lora") or None
 
 
 def triggers(metadata: Mapping[str, str]) -> tuple[str, ...]:

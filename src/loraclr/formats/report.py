@@ -29,11 +29,10 @@ class FileReport:
     warnings: tuple[str, ...]
 
 
-def report(adapter: Adapter, *, path: Path, format: str, size: int, sha256: str) -> FileReport:
-    """The record of `adapter`, read from `path`."""
+def report(adapter: Adapter, *, path: Path, format: str, dtypes: tuple[str, ...], size: int, sha256: str) -> FileReport:
+    """The record of `adapter`, read from `path`, whose tensors are of the types `dtypes`."""
     low = [layer for layer in adapter if isinstance(layer, LoraLayer)]
     dense = [layer for layer in adapter if isinstance(layer, DenseLayer)]
-    tensors = [layer.down for layer in low] + [layer.change for layer in dense]
     return FileReport(
         path=path,
         format=format,
@@ -42,7 +41,7 @@ def report(adapter: Adapter, *, path: Path, format: str, size: int, sha256: str)
         dense=len(dense),
         ranks=dict(sorted(Counter(layer.rank for layer in low).items())),
         scales=dict(sorted(Counter(layer.scale for layer in low).items())),
-        dtypes=tuple(sorted({str(tensor.dtype).removeprefix("torch.") for tensor in tensors})),
+        dtypes=dtypes,
         tokens={token: tuple(rows.shape) for token, rows in adapter.tokens.items()},
         triggers=adapter.triggers,
         size=size,
