@@ -1,6 +1,7 @@
 """ComfyUI's own names, which Flux trainers use too: `diffusion_model.<original path>` and `text_encoders.clip_l.transformer.<path>`.
 
-XLabs' Flux files, `double_blocks.0.processor.qkv_lora1.down.weight`, are of this kind without a prefix. Scale is alpha / rank, 1 without.
+Flux files in the original's own names without a prefix are of this format too, among them XLabs' with their
+`double_blocks.0.processor.qkv_lora1.down.weight`. Scale is alpha / rank, 1 without alpha.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ _XLABS = re.compile(rf"(?:{re.escape(_MODEL)})?(?P<path>(?:double|single)_blocks
 
 
 def detect(keys: Iterable[str], metadata: Mapping[str, str]) -> bool:
-    return any(key.startswith((_MODEL, "text_encoders.")) or _XLABS.fullmatch(key) for key in keys)
+    return any(key.startswith((_MODEL, "text_encoders.", "double_blocks.", "single_blocks.")) for key in keys)
 
 
 def read(content: Content, base: BaseWeights | None = None) -> Adapter:

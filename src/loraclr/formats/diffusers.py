@@ -31,7 +31,7 @@ _WEIGHT = re.compile(
 _ALPHA = re.compile(r"(?P<path>[\w.]+?)(?:\.lora|\.lora_linear_layer|_lora)?(?:\.down\.weight)?\.alpha")
 _MAGNITUDE = re.compile(r"(?P<path>[\w.]+?)\.lora_magnitude_vector(?:\.default)?(?:\.weight)?")
 _PART = {"A": "lora_down", "B": "lora_up", "down": "lora_down", "up": "lora_up"}
-_OTHERS = ("base_model.model.", "diffusion_model.", "text_encoders.")  # how keys of other formats begin
+_OTHERS = ("base_model.model.", "diffusion_model.", "text_encoders.", "double_blocks.", "single_blocks.")  # how keys of other formats begin
 _PROCESSOR = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out": "out_proj"}  # the text encoder's processors of 2023
 
 

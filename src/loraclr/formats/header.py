@@ -50,6 +50,11 @@ def triggers(metadata: Mapping[str, str]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(word for word in found if word))
 
 
+def trained_split(metadata: Mapping[str, str]) -> bool:
+    """Whether kohya's trainer kept the parts of fused matrices apart, which makes the scale its own files state too small."""
+    return str(_object(metadata, "ss_network_args").get("split_qkv", "")).lower() in ("true", "1")
+
+
 def outgoing(adapter: Adapter, extra: Mapping[str, str]) -> dict[str, str]:
     """The header of a file to be written: what came in and still holds, triggers and family, and `extra` on top."""
     kept = {key: value for key, value in adapter.metadata.items() if key not in _STALE and not key.endswith("adapter_config.json")}

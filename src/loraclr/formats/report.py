@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from loraclr.adapter import Adapter, DenseLayer, LoraLayer
+from loraclr.formats import header
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,11 @@ def _warnings(adapter: Adapter, low: list[LoraLayer], format: str) -> list[str]:
     notes = []
     if format == "kohya" and len({round(layer.scale * layer.rank, 4) for layer in low}) > 1:
         notes.append("its layers have different alphas, which diffusers reads wrongly; writing it again with loraclr mends that")
+    if header.trained_split(adapter.metadata):
+        notes.append(
+            "its header says split_qkv: the stored rank is three or four times the trained one at the same alpha, so every tool applies "
+            "it at a third or a quarter of the strength it was trained at; give it a larger weight if it is too weak"
+        )
     silent = [layer.name for layer in low if layer.scale == 0 or not layer.up.any() or not layer.down.any()]
     if silent:
         notes.append(f"{len(silent)} layers change nothing, the first is {silent[0]}")
