@@ -106,7 +106,8 @@ def guess_family(widths: dict[str, tuple[int, ...]]) -> str | None:
     single = [name for name in widths if name.startswith("transformer.single_transformer_blocks.")]
     if single and not any("qkv" in name for name in single):
         return "flux"
+    known = {768: "sd1", 1024: "sd2", 2048: "sdxl"}
     for name, shape in widths.items():
-        if name.startswith("unet.") and name.endswith((".attn2.to_k", ".attn2.to_v")):
-            return {768: "sd1", 1024: "sd2", 2048: "sdxl"}.get(math.prod(shape[1:]))
+        if name.startswith("unet.") and name.endswith((".attn2.to_k", ".attn2.to_v")) and math.prod(shape[1:]) in known:
+            return known[math.prod(shape[1:])]
     return "sdxl" if any(name.startswith("text_encoder_2.") and not is_t5(name) for name in widths) else None
