@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from formats_samples import ATTN, KERNEL, PROJ
+from formats_samples import ATTN, KERNEL, PROJ, Base
 
 from loraclr.adapter import Adapter, DenseLayer, LoraLayer, ProductLayer
 from loraclr.errors import FormatError
@@ -16,16 +16,6 @@ from loraclr.formats.base import Content
 Q = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q"
 C = "lora_unet_down_blocks_0_downsamplers_0_conv"
 EXACT = {"rtol": 0, "atol": 1e-12}
-
-
-class Base:
-    """The weights of a model, as a Pipeline gives them."""
-
-    def __init__(self, **weights: torch.Tensor) -> None:
-        self.weights = weights
-
-    def base_weight(self, name: str) -> torch.Tensor:
-        return self.weights[{ATTN: "attn", KERNEL: "conv"}.get(name, name)]
 
 
 def only(tensors, stem=Q, base=None):
@@ -187,7 +177,7 @@ class TestDoRA:
     def test_no_change_at_the_norms_of_the_base_is_the_identity(self):
         zero = {"lora_down.weight": rand(2, 5), "lora_up.weight": torch.zeros(6, 2)}
         for magnitude in (self.weight.norm(dim=1, keepdim=True), self.weight.norm(dim=0, keepdim=True)):
-            layer = only(zero | {"dora_scale": magnitude}, base=Base(attn=self.weight))
+            layer = only(zero | {"dora_scale": magnitude}, base=Base(**{ATTN: self.weight}))
             torch.testing.assert_close(layer.delta(), torch.zeros(6, 5), rtol=0, atol=1e-6)
 
     @pytest.mark.parametrize("axis", ["rows", "columns", "vector"])
@@ -199,7 +189,7 @@ class TestDoRA:
                 line, m = (moved[:, i], magnitude[0, i]) if axis == "columns" else (moved[o], magnitude[o, 0])
                 expected[o, i] = m * moved[o, i] / line.square().sum().sqrt() - self.weight[o, i]
         given = magnitude[:, 0] if axis == "vector" else magnitude
-        layer = only(self.lora | {"dora_scale": given}, base=Base(attn=self.weight))
+        layer = only(self.lora | {"dora_scale": given}, base=Base(**{ATTN: self.weight}))
         assert type(layer) is DenseLayer
         torch.testing.assert_close(layer.delta(), expected.float())
 
@@ -207,7 +197,7 @@ class TestDoRA:
         lora, weight = {"lora_down.weight": rand(1, 4), "lora_up.weight": rand(4, 1)}, rand(4, 4)
         moved = weight + lora["lora_up.weight"] @ lora["lora_down.weight"]
         for sides, dim in (((4, 1), 1), ((1, 4), 0)):
-            layer = only(lora | {"dora_scale": torch.ones(sides)}, base=Base(attn=weight))
+            layer = only(lora | {"dora_scale": torch.ones(sides)}, base=Base(**{ATTN: weight}))
             torch.testing.assert_close((weight + layer.delta().double()).norm(dim=dim), torch.ones(4, dtype=torch.float64))
             assert not torch.allclose(moved.norm(dim=dim), torch.ones(4, dtype=torch.float64))
 
@@ -215,14 +205,14 @@ class TestDoRA:
     def test_convolutions(self, sides, dims):
         weight, magnitude = rand(6, 4, 3, 3), rand(*sides).abs()
         lora = {"lora_down.weight": rand(2, 4, 3, 3), "lora_up.weight": rand(6, 2, 1, 1), "dora_scale": magnitude}
-        moved = weight + only(lora, C, base=Base(conv=weight)).delta(torch.float64)
+        moved = weight + only(lora, C, base=Base(**{KERNEL: weight})).delta(torch.float64)
         torch.testing.assert_close(torch.linalg.vector_norm(moved, dim=dims, keepdim=True), magnitude, rtol=1e-5, atol=1e-5)
 
     def test_on_a_loha(self):
         loha = {"hada_w1_a": rand(6, 2), "hada_w1_b": rand(2, 5), "hada_w2_a": rand(6, 2), "hada_w2_b": rand(2, 5)}
-        moved = self.weight + only(loha, base=Base(attn=self.weight)).delta(torch.float64)
+        moved = self.weight + only(loha, base=Base(**{ATTN: self.weight})).delta(torch.float64)
         expected = 3 * moved / moved.norm(dim=1, keepdim=True) - self.weight
-        layer = only(loha | {"dora_scale": torch.full((6, 1), 3.0)}, base=Base(attn=self.weight))
+        layer = only(loha | {"dora_scale": torch.full((6, 1), 3.0)}, base=Base(**{ATTN: self.weight}))
         torch.testing.assert_close(layer.delta(), expected.float())
 
     def test_without_a_base(self, tmp_path):
@@ -230,20 +220,20 @@ class TestDoRA:
         (tmp_path / "a.safetensors").write_bytes(files.safetensors_bytes(tensors, {}))
         with pytest.raises(FormatError, match=f"{ATTN} is a DoRA.*pass the base model it is for"):
             load_adapter(tmp_path / "a.safetensors")
-        assert type(load_adapter(tmp_path / "a.safetensors", base=Base(attn=self.weight)).layers[ATTN]) is DenseLayer
+        assert type(load_adapter(tmp_path / "a.safetensors", base=Base(**{ATTN: self.weight})).layers[ATTN]) is DenseLayer
 
     @pytest.mark.parametrize("sides", [(5, 1), (1, 6), (1, 1), (6, 5)])
     def test_magnitudes_that_fit_neither_side(self, sides):
         with pytest.raises(FormatError, match=r"expected \(6, 1\) or \(1, 5\)"):
-            only(self.lora | {"dora_scale": torch.ones(sides)}, base=Base(attn=self.weight))
+            only(self.lora | {"dora_scale": torch.ones(sides)}, base=Base(**{ATTN: self.weight}))
 
     def test_a_base_of_another_size(self):
         with pytest.raises(FormatError, match="give the base it was trained on"):
-            only(self.lora | {"dora_scale": torch.ones(6, 1)}, base=Base(attn=rand(6, 7)))
+            only(self.lora | {"dora_scale": torch.ones(6, 1)}, base=Base(**{ATTN: rand(6, 7)}))
 
     def test_names_of_diffusers_and_peft(self):
         path = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
-        own = only(self.lora | {"dora_scale": torch.ones(6, 1), "alpha": torch.tensor(2.0)}, base=Base(attn=self.weight))
+        own = only(self.lora | {"dora_scale": torch.ones(6, 1), "alpha": torch.tensor(2.0)}, base=Base(**{ATTN: self.weight}))
         for reader, prefix, metadata in (
             (diffusers, "unet.", {"lora_adapter_metadata": '{"unet.r": 2, "unet.lora_alpha": 2, "unet.use_dora": true}'}),
             (diffusers, "", {}),
@@ -251,11 +241,13 @@ class TestDoRA:
         ):
             stem = f"{prefix}{path}"
             tensors = {f"{stem}.lora_A.weight": self.lora["lora_down.weight"], f"{stem}.lora_B.weight": self.lora["lora_up.weight"]}
-            [layer] = reader.read(Content(tensors | {f"{stem}.lora_magnitude_vector": torch.ones(6)}, metadata), Base(attn=self.weight))
+            [layer] = reader.read(
+                Content(tensors | {f"{stem}.lora_magnitude_vector": torch.ones(6)}, metadata), Base(**{ATTN: self.weight})
+            )
             torch.testing.assert_close(layer.delta(), own.delta())
             if metadata:
                 with pytest.raises(FormatError, match="use_dora, but there are no magnitudes"):
-                    reader.read(Content(tensors, metadata), Base(attn=self.weight))
+                    reader.read(Content(tensors, metadata), Base(**{ATTN: self.weight}))
 
     def test_peft_arrives_at_the_same_weights(self):
         from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
@@ -302,7 +294,7 @@ class TestRotations:
 
     def test_alpha_is_the_limit_per_output_row_and_rescale_comes_last(self):
         weight, blocks, rescale = rand(6, 5), rand(3, 2, 2), rand(6, 1)
-        layer = only({"oft_blocks": blocks, "rescale": rescale, "alpha": torch.tensor(0.01)}, base=Base(attn=weight))
+        layer = only({"oft_blocks": blocks, "rescale": rescale, "alpha": torch.tensor(0.01)}, base=Base(**{ATTN: weight}))
         turn, expected = rotations.rotation(blocks, 0.06), torch.zeros(6, 5, dtype=torch.float64)
         for k in range(3):
             for m in range(2):
@@ -325,14 +317,14 @@ class TestRotations:
                     for j in range(4):
                         after[order[4 * k + i]] += turn[stage, k, i, j] * turned[order[4 * k + j]]
             turned = after
-        layer = only({"oft_blocks": blocks}, base=Base(attn=weight))
+        layer = only({"oft_blocks": blocks}, base=Base(**{ATTN: weight}))
         torch.testing.assert_close(weight + layer.delta().double(), turned, rtol=0, atol=1e-6)
         torch.testing.assert_close(turned.norm(), weight.norm())  # every stage is orthogonal
 
     def test_convolutions(self):
         weight, blocks = rand(6, 4, 3, 3), rand(3, 2, 2)
         flat = rotations.change(ATTN, weight.flatten(1), blocks, None, 0.0)
-        torch.testing.assert_close(only({"oft_blocks": blocks}, C, base=Base(conv=weight)).delta(), flat.view(6, 4, 3, 3))
+        torch.testing.assert_close(only({"oft_blocks": blocks}, C, base=Base(**{KERNEL: weight})).delta(), flat.view(6, 4, 3, 3))
 
     @pytest.mark.parametrize(
         "parts",
@@ -348,7 +340,7 @@ class TestRotations:
     )
     def test_misfits(self, parts):
         with pytest.raises(FormatError, match=ATTN):
-            only(parts, base=Base(attn=rand(6, 5)))
+            only(parts, base=Base(**{ATTN: rand(6, 5)}))
 
     def test_without_a_base(self):
         with pytest.raises(FormatError, match="is an OFT / BOFT rotation.*pass the base model"):
@@ -384,3 +376,24 @@ def test_a_convolution_by_name_only_where_the_name_tells():
     stem = "lora_unet_down_blocks_1_attentions_0_proj_in"
     layer = only({"lokr_w1": rand(2, 2), "lokr_w2": rand(3, 3)}, stem)
     assert layer.name == PROJ and layer.shape == (6, 6)
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        {f"hada_w{n}_{side}": torch.full((3, 1) if side == "a" else (1, 3), 1e30) for n in (1, 2) for side in "ab"},
+        {"lokr_w1": torch.full((2, 2), 1e30), "lokr_w2_a": torch.ones(9, 1), "lokr_w2_b": torch.full((1, 9), 1e30)},
+        {
+            "lora_down.weight": torch.full((2, 2, 1, 1), 1e30),
+            "lora_mid.weight": torch.full((2, 2, 3, 3), 1e30),
+            "lora_up.weight": torch.ones(2, 2, 1, 1),
+        },
+        {"lora_down.weight": torch.ones(1, 3), "lora_up.weight": torch.ones(3, 1), "dora_scale": rand(3, 1) * 1e60},
+        {"oft_blocks": torch.zeros(1, 3, 3), "rescale": torch.full((3, 1), 1e30)},
+    ],
+    ids=["loha", "lokr", "tucker", "dora", "oft"],
+)
+def test_products_beyond_float32_are_refused(parts):
+    base = Base(**{ATTN: torch.eye(3).double() * 1e30})
+    with pytest.raises(FormatError, match=f"{ATTN}: .*more than float32 can hold"):
+        only(parts, base=base)

@@ -43,7 +43,8 @@ def build(name: str, parts: Parts, scale: Scale, base: Callable[[], Tensor] | No
     held = parts.keys() - {"alpha", "dora_scale"}
     if "oft_blocks" in held and held <= {"oft_blocks", "rescale"} and "dora_scale" not in parts:
         weight = _weight(name, "an OFT / BOFT rotation", base)
-        return DenseLayer(name, rotations.change(name, weight, parts["oft_blocks"], parts.get("rescale"), value or 0.0))
+        change = rotations.change(name, weight, parts["oft_blocks"], parts.get("rescale"), value or 0.0)
+        return DenseLayer(name, _finite(name, change))
     if parts.keys() == {"diff"}:
         return DenseLayer(name, parts["diff"])
     if {"lora_down", "lora_up"} <= held <= {"lora_down", "lora_up", "lora_mid"}:
@@ -75,7 +76,7 @@ def _fold(name: str, down: Tensor, mid: Tensor) -> Tensor:
     """Tucker: (rank, in, 1, 1) through the core (rank, rank, kh, kw) is one (rank, in, kh, kw) convolution, exactly."""
     if down.ndim != 4 or down.shape[2:] != (1, 1) or mid.ndim != 4 or mid.shape[:2] != (down.shape[0], down.shape[0]):
         raise FormatError(f"{name}: mid {tuple(mid.shape)} and down {tuple(down.shape)} are no Tucker pair; the file is damaged")
-    return torch.einsum("mnhw,ni->mihw", mid.float(), down.flatten(1).float())
+    return _finite(name, torch.einsum("mnhw,ni->mihw", mid.float(), down.flatten(1).float()))
 
 
 def _loha(name: str, parts: Parts, held: set[str], scale: Scale, alpha: float | None) -> Layer:
@@ -175,7 +176,7 @@ def _dora(name: str, layer: Layer, magnitude: Tensor, base: Tensor) -> Tensor:
         )
     norm = torch.linalg.vector_norm(moved, dim=axis, keepdim=True).clamp_min(torch.finfo(torch.float64).tiny)
     change: Tensor = magnitude.double().view(*sides, *[1] * (weight.ndim - 2)) * moved / norm - weight
-    return change.float()
+    return _finite(name, change.float())
 
 
 def _weight(name: str, what: str, base: Callable[[], Tensor] | None) -> Tensor:
@@ -209,4 +210,11 @@ def _smaller(rank: int, shape: tuple[int, ...]) -> bool:
 
 
 def _low_rank(name: str, down: Tensor, up: Tensor, shape: tuple[int, ...], factor: float) -> LoraLayer:
+    down, up = _finite(name, down), _finite(name, up)
     return LoraLayer(name, down.view(-1, *shape[1:]), up.view(*up.shape, *[1] * (len(shape) - 2)), factor)
+
+
+def _finite(name: str, tensor: Tensor) -> Tensor:
+    if not torch.isfinite(tensor).all():
+        raise FormatError(f"{name}: its factors multiply to more than float32 can hold; the file is damaged or its training diverged")
+    return tensor
