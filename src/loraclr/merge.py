@@ -156,7 +156,9 @@ def merge(
     solver = make_method(method, **(parameters or {})) if isinstance(method, str) else method
     if not isinstance(method, str) and parameters:
         raise UsageError("parameters go with a method's name; a method that is already made has its own")
-    sources = [(adapter, None) if isinstance(adapter, Adapter) else (load_adapter(adapter), Path(adapter)) for adapter in adapters]
+    sources = [
+        (adapter, None) if isinstance(adapter, Adapter) else (load_adapter(adapter, base=base), Path(adapter)) for adapter in adapters
+    ]
     concepts = _concepts(
         [adapter for adapter, _ in sources], weights, calls or {}, needed=bool({"statistics", "sample"} & solver.needs) or measure
     )

@@ -20,6 +20,7 @@ from loraclr.formats.report import FileReport, report
 
 __all__ = [
     "FORMATS",
+    "WRITTEN",
     "AdapterFormat",
     "BaseWeights",
     "Content",
@@ -32,6 +33,7 @@ __all__ = [
 ]
 
 FORMATS: tuple[AdapterFormat, ...] = (kohya, diffusers, peft, edlora, comfy)
+WRITTEN: tuple[str, ...] = tuple(one.id for one in FORMATS if one is not comfy)
 
 
 def load_adapter(path: str | Path, *, name: str | None = None, base: BaseWeights | None = None) -> Adapter:
@@ -124,6 +126,5 @@ def _by_id(format: str) -> AdapterFormat:
     for one in FORMATS:
         if one.id == format:
             return one
-    known = [one.id for one in FORMATS]
-    near = get_close_matches(format, known, n=1)
-    raise FormatError(f"no format {format!r}; use one of {', '.join(known)}" + (f" (did you mean {near[0]!r}?)" if near else ""))
+    near = get_close_matches(format, WRITTEN, n=1)
+    raise FormatError(f"no format {format!r}; use one of {', '.join(WRITTEN)}" + (f" (did you mean {near[0]!r}?)" if near else ""))
