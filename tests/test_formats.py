@@ -161,8 +161,8 @@ class TestKohyaOutput:
         assert load_adapter(path) == adapter and {layer.scale for layer in load_adapter(path)} == {1.0}
 
     def test_a_component_without_kohya_names(self, tmp_path):
-        with pytest.raises(FormatError, match="transformer.*no kohya name.*write it as format 'diffusers'"):
-            save_adapter(Adapter.of([lora("transformer.transformer_blocks.0.attn.to_q")]), tmp_path / "a.safetensors")
+        with pytest.raises(FormatError, match="text_encoder_3.*no kohya name.*write it as format 'diffusers'"):
+            save_adapter(Adapter.of([lora("text_encoder_3.encoder.layers.0.mlp.fc1")]), tmp_path / "a.safetensors")
 
     def test_a_module_outside_the_lexicon(self, tmp_path):
         with pytest.raises(FormatError, match="no kohya name that could be read back"):

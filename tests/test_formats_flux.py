@@ -6,6 +6,7 @@ import json
 
 import pytest
 import torch
+from formats_families import shapes
 from formats_samples import assert_same
 
 from loraclr.adapter import Adapter, DenseLayer, LoraLayer, ProductLayer
@@ -196,11 +197,6 @@ def test_ai_toolkit_and_what_we_write(tmp_path):
     assert_same(load_adapter(folder), adapter)
 
 
-def test_kohya_is_not_written_for_flux(tmp_path):
-    with pytest.raises(FormatError, match="no kohya name.*write it as format 'diffusers'"):
-        save_adapter(kohya.read(Content(spellings()["kohya"][1])), tmp_path / "a.safetensors")
-
-
 def test_comfy_is_not_written(tmp_path):
     with pytest.raises(FormatError, match="'comfy' is read, not written"):
         save_adapter(kohya.read(Content(spellings()["kohya"][1])), tmp_path / "a.safetensors", format="comfy")
@@ -249,7 +245,9 @@ def test_diffusers_applies_our_flux_files_exactly(tiny_flux, tmp_path):
         for n, (name, weight) in enumerate(sorted(weights.items()))
     )
     assert len(adapter) > 25
-    tiny_flux.load_lora_weights(save_adapter(adapter, tmp_path / "a.safetensors", format="diffusers", dtype=torch.float32))
+    path = save_adapter(adapter, tmp_path / "a.safetensors", format="diffusers", dtype=torch.float32)
+    assert_same(load_adapter(path), adapter)
+    tiny_flux.load_lora_weights(path)
     tiny_flux.fuse_lora(components=["transformer", "text_encoder"])
     for name, weight in weights.items():
         component, path = name.split(".", 1)
@@ -265,3 +263,91 @@ def test_unknown_parts_of_flux_files_are_named():
         comfy.read(Content({"diffusion_model.blocks.0.self_attn.q.lora_A.weight": torch.ones(1, 1)}))
     with pytest.raises(FormatError, match="Flux control LoRA"):
         comfy.read(Content({"diffusion_model.double_blocks.0.img_attn.norm.query_norm.scale": torch.ones(1)}))
+
+
+class TestPuttingTogether:
+    """kohya's files have the original's matrices: pieces become one layer, and come back as they were."""
+
+    NAMES, _ = FUSED["single_blocks.3.linear1"]
+
+    def back(self, adapter, tmp_path):
+        path = save_adapter(adapter, tmp_path / "a.safetensors", dtype=torch.float32)
+        return files.read(path).tensors, load_adapter(path)
+
+    def test_one_down_is_shared(self, tmp_path):
+        """What came out of one matrix of rank 3 goes back into one of rank 3."""
+        adapter = kohya.read(Content(spellings()["kohya"][1]))
+        tensors, back = self.back(adapter, tmp_path)
+        assert {key for key in tensors if not key.endswith("alpha")} == set(spellings()["kohya"][1])
+        assert {len(tensor) for key, tensor in tensors.items() if key.endswith("lora_down.weight")} == {3}
+        assert_same(back, adapter)
+
+    def test_different_pieces_keep_their_ranks_and_scales(self, tmp_path):
+        adapter = Adapter.of(
+            LoraLayer(name, *lora(4 * D if "mlp" in name else D, rank), scale)
+            for name, rank, scale in zip(self.NAMES, (1, 2, 3, 2), (0.5, 2.0, -1.0, 1.0), strict=True)
+        )
+        tensors, back = self.back(adapter, tmp_path)
+        assert tensors["lora_unet_single_blocks_3_linear1.lora_down.weight"].shape == (8, IN)
+        assert [back.layers[name].rank for name in self.NAMES] == [1, 2, 3, 2]
+        assert_same(back, adapter)
+
+    def test_a_piece_alone_leaves_the_other_rows_as_they_are(self, tmp_path):
+        adapter = Adapter.of([LoraLayer(self.NAMES[1], *lora(D, 2))])
+        tensors, back = self.back(adapter, tmp_path)
+        assert tensors["lora_unet_single_blocks_3_linear1.lora_up.weight"].shape == (7 * D, 2)
+        torch.testing.assert_close(back.layers[self.NAMES[1]].delta(), adapter.layers[self.NAMES[1]].delta())
+        assert not any(back.layers[name].delta().any() for name in self.NAMES if name != self.NAMES[1])
+
+    def test_one_dense_piece_makes_a_full_difference(self, tmp_path):
+        layers = [DenseLayer(self.NAMES[0], torch.randn(D, IN)), LoraLayer(self.NAMES[3], *lora(4 * D, 2))]
+        tensors, back = self.back(Adapter.of(layers), tmp_path)
+        assert list(tensors) == ["lora_unet_single_blocks_3_linear1.diff"]
+        for layer in layers:
+            torch.testing.assert_close(back.layers[layer.name].delta(), layer.delta())
+
+    def test_the_last_modulation(self, tmp_path):
+        layer = LoraLayer("transformer.norm_out.linear", *lora(2 * D, 2))
+        tensors, back = self.back(Adapter.of([layer]), tmp_path)
+        assert "lora_unet_final_layer_adaLN_modulation_1.alpha" in tensors
+        torch.testing.assert_close(back.layers[layer.name].delta(), layer.delta())
+
+    def test_pieces_of_unequal_parts(self, tmp_path):
+        with pytest.raises(FormatError, match="are no pieces of one matrix"):
+            self.back(Adapter.of([LoraLayer(self.NAMES[0], *lora(D)), LoraLayer(self.NAMES[3], *lora(D))]), tmp_path)
+
+
+def test_diffusers_reads_our_kohya_files_of_flux_alike(tmp_path):
+    """Through its converter, which has the output widths of the real model built in; one block of each kind, ranks and scales all over.
+
+    It drops the alpha of the last two layers (diffusers 0.42.1), which is why a layer's alpha is its rank in our files of Flux.1.
+    """
+    from diffusers import FluxPipeline
+
+    blocks = ("transformer.transformer_blocks.0.", "transformer.single_transformer_blocks.0.")
+    adapter = Adapter.of(
+        LoraLayer(name, *lora(shape[0], 1 + n % 3), (0.5, 1.0, 3.0, -0.25)[n % 4])
+        for n, (name, shape) in enumerate(shapes("flux").items())
+        if name.startswith(blocks) or (not name.startswith("text_encoder") and "blocks" not in name)
+    )
+    path = save_adapter(adapter, tmp_path / "a.safetensors", dtype=torch.float32)
+    assert_same(load_adapter(path), adapter)
+    theirs = FluxPipeline.lora_state_dict(path)
+    assert_same(diffusers.read(Content(theirs)), adapter)
+    tensors = {key: tensor * (2 if key.endswith("alpha") else 1) for key, tensor in files.read(path).tensors.items()}
+    doubled = diffusers.read(Content(FluxPipeline.lora_state_dict(tensors)))
+    twice = {name: float(doubled.layers[name].delta().norm() / layer.delta().norm()) for name, layer in adapter.layers.items()}
+    dropped = {"transformer.proj_out", "transformer.norm_out.linear"}
+    assert {name for name, ratio in twice.items() if ratio == pytest.approx(1)} == dropped
+    assert {name for name, ratio in twice.items() if ratio == pytest.approx(2)} == twice.keys() - dropped
+
+
+def test_diffusers_crashes_on_onetrainer_files_with_more_than_attention(tiny_flux, tmp_path):
+    """Its converter of `lora_transformer_` names loses what follows the block's number unless it is attention (diffusers 0.42.1)."""
+    stem = "lora_transformer_single_transformer_blocks_0_proj_mlp"
+    down, up = lora(128, in_=32)
+    tensors = {f"{stem}.lora_down.weight": down, f"{stem}.lora_up.weight": up, f"{stem}.alpha": torch.tensor(3.0)}
+    (tmp_path / "a.safetensors").write_bytes(files.safetensors_bytes(tensors, {}))
+    assert list(load_adapter(tmp_path / "a.safetensors").layers) == ["transformer.single_transformer_blocks.0.proj_mlp"]
+    with pytest.raises(KeyError):
+        tiny_flux.load_lora_weights(tmp_path / "a.safetensors")

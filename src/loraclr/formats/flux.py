@@ -7,8 +7,11 @@ parts of which are the feed-forward; and its last modulation has shift before sc
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
+from functools import cache
 
-from loraclr.formats.parts import Place
+from loraclr.adapter import Layer
+from loraclr.formats.parts import Place, fused
 
 # Without dots, because kohya files have none. Three targets are equal parts of one matrix.
 _DOUBLE = {
@@ -46,6 +49,7 @@ _OUTER = {
     "final_layer_linear": "proj_out",
 }
 _BLOCK = re.compile(r"(double|single)_blocks_(\d{1,3})_(\w+)")
+_OURS = re.compile(r"transformer\.(single_|)transformer_blocks\.(\d{1,3})\.([\w.]+)")
 
 
 def place(path: str) -> str | Place | None:
@@ -67,3 +71,41 @@ def place(path: str) -> str | Place | None:
     if len(targets) == 1:
         return f"{block}.{targets[0]}"
     return Place(tuple((f"{block}.{target}", part, part + 1) for part, target in enumerate(targets)), 3) if targets else None
+
+
+def original(layers: Iterable[Layer]) -> dict[str, Layer]:
+    """Layers under the flat original names of their modules, pieces put together; those that Flux.1 does not have keep their names."""
+    found: dict[str, Layer] = {}
+    pieces: dict[str, dict[str, Layer]] = {}
+    for layer in layers:
+        flat = _flat(layer.name)
+        target = place(flat) if flat else None
+        if flat is None or target is None:
+            found[layer.name] = layer
+        elif isinstance(target, str):
+            found[flat] = layer
+        else:
+            pieces.setdefault(flat, {})[layer.name] = layer
+    for flat, mine in pieces.items():
+        target = place(flat)
+        assert isinstance(target, Place)
+        found[flat] = fused(target, mine)
+    return found
+
+
+def _flat(name: str) -> str | None:
+    """The flat original name of the module that a layer is, or is a piece of."""
+    if match := _OURS.fullmatch(name):
+        known = _inside()[match[1]].get(match[3])
+        return f"{'single' if match[1] else 'double'}_blocks_{match[2]}_{known}" if known else None
+    if name == "transformer.norm_out.linear":
+        return "final_layer_adaLN_modulation_1"
+    return next((flat for flat, path in _OUTER.items() if name == f"transformer.{path}"), None)
+
+
+@cache
+def _inside() -> dict[str, dict[str, str]]:
+    """`""` for double and `single_` for single blocks -> diffusers' path in a block -> the original one, flat."""
+    double = {target: flat for flat, targets in _DOUBLE.items() if not flat.startswith("processor") for target in targets}
+    single = {target: flat for flat, targets in _SINGLE.items() if not flat.startswith("processor") for target in targets}
+    return {"": double, "single_": single | dict.fromkeys(("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp"), "linear1")}

@@ -55,18 +55,22 @@ def read(content: Content, base: BaseWeights | None = None) -> Adapter:
 
 
 def write(adapter: Adapter, dtype: torch.dtype) -> Content:
+    is_flux, originals = "transformer" in adapter.components, flux.original(adapter)
+    two = is_flux or adapter.family in ("sdxl", "flux") or "text_encoder_2" in adapter.components
+    flats = {layer.name: _flat(name, two) for name, layer in originals.items()}
+    adapter = Adapter.of(originals.values())
     # One alpha for the whole file, the commonest rank: where alphas differ, diffusers takes the commonest for all attention layers.
+    # Not of Flux.1: there it takes each layer's own, but none for the last two layers, so that these need alpha = rank.
     ranks = [layer.rank for layer in adapter if isinstance(layer, LoraLayer)]
-    alpha = float(max(sorted(set(ranks)), key=ranks.count)) if ranks else None
-    two = adapter.family in ("sdxl", "flux") or "text_encoder_2" in adapter.components
+    alpha = float(max(sorted(set(ranks)), key=ranks.count)) if ranks and not is_flux else None
     tensors = {}
     for layer, stored in stored_layers(adapter, dtype, alpha=alpha):
-        flat = _flat(layer.name, two)
+        flat = flats[layer.name]
         if len(stored) == 1:
             tensors[f"{flat}.diff"] = stored[0]
         else:
             tensors[f"{flat}.lora_down.weight"], tensors[f"{flat}.lora_up.weight"] = stored
-            tensors[f"{flat}.alpha"] = torch.tensor(alpha)  # float32: bfloat16 cannot hold every rank above 256
+            tensors[f"{flat}.alpha"] = torch.tensor(alpha or float(layer.rank))  # float32: bfloat16 cannot hold every rank above 256
     return Content(tensors)
 
 
@@ -96,7 +100,9 @@ def _named(component: str, flat: str) -> str | None:
 
 
 def _flat(name: str, two: bool) -> str:
-    """`two`: the model has two text encoders, which are then numbered."""
+    """The key of a layer by its canonical or by its flat original Flux name. `two`: there are two text encoders, which are numbered."""
+    if flux.place(name):
+        return f"lora_unet_{name}"
     component, path = names.split(name)
     prefix = {"unet": "lora_unet_", "text_encoder": "lora_te1_" if two else "lora_te_", "text_encoder_2": "lora_te2_"}.get(component)
     flat = f"{prefix}{names.with_text_model(component, path)}".replace(".", "_")

@@ -1,7 +1,8 @@
-"""Tensors gathered by module until each module is complete, and modules that the file has in one piece taken apart."""
+"""Tensors gathered by module until each module is complete, and modules that a file has in one piece taken apart and put together."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -38,6 +39,34 @@ class Place:
         for name, begin, end in self.rows:
             found.setdefault(name, []).append(torch.arange(begin * size, end * size))
         return {name: torch.cat(pieces) for name, pieces in found.items()}
+
+
+def fused(place: Place, layers: Mapping[str, Layer]) -> Layer:
+    """The one layer, called `place.name`, whose pieces `layers` are; rows of layers that are missing do not change. Exact.
+
+    Low-rank pieces with one and the same down share it, others are put side by side. Raises FormatError for pieces of unequal parts.
+    """
+    share = {name: sum(end - begin for other, begin, end in place.rows if other == name) for name in layers}
+    sizes = {layer.shape[0] / share[name] for name, layer in layers.items()}
+    shapes = {layer.shape[1:] for layer in layers.values()}
+    if len(sizes) > 1 or len(shapes) > 1:
+        seen = ", ".join(f"{name} {layer.shape}" for name, layer in layers.items())
+        raise FormatError(f"{seen}: are no pieces of one matrix in the original model; write format 'diffusers'")
+    out, inner = int(sizes.pop() * place.of), shapes.pop()
+    order = place.order(out)
+    low = [layer for layer in layers.values() if isinstance(layer, LoraLayer)]
+    if len(low) < len(layers):
+        change = torch.zeros(out, *inner)
+        for name, layer in layers.items():
+            change[order[name]] = layer.delta()
+        return DenseLayer(place.name, change)
+    shared = all(torch.equal(layer.down, low[0].down) for layer in low)
+    downs = [low[0].down] if shared else [layer.down for layer in low]
+    up, start = torch.zeros(out, sum(len(down) for down in downs), dtype=torch.float64), 0
+    for layer in low:
+        up[order[layer.name], start : start + layer.rank] = layer.up.flatten(1).double() * layer.scale
+        start += 0 if shared else layer.rank
+    return LoraLayer(place.name, torch.cat([down.double() for down in downs]), up)
 
 
 class Parts:

@@ -53,7 +53,7 @@ def report(adapter: Adapter, *, path: Path, format: str, dtypes: tuple[str, ...]
 
 def _warnings(adapter: Adapter, low: list[LoraLayer], format: str) -> list[str]:
     notes = []
-    if format == "kohya" and len({round(layer.scale * layer.rank, 4) for layer in low}) > 1:
+    if format == "kohya" and "transformer" not in adapter.components and len({round(layer.scale * layer.rank, 4) for layer in low}) > 1:
         notes.append("its layers have different alphas, which diffusers reads wrongly; writing it again with loraclr mends that")
     if header.trained_split(adapter.metadata):
         notes.append(
