@@ -55,9 +55,7 @@ def read(content: Content, base: BaseWeights | None = None) -> Adapter:
 
 
 def write(adapter: Adapter, dtype: torch.dtype) -> Content:
-    raise FormatError(
-        "format 'comfy' is read, not written: ComfyUI reads 'kohya' files, and 'diffusers' files of Flux.1; write one of those"
-    )
+    raise FormatError("format 'comfy' is read, not written: ComfyUI reads 'kohya' files; write such a one")
 
 
 def _place(path: str) -> str | Place | None:
