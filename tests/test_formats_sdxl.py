@@ -236,3 +236,25 @@ class TestBundledEmbeddings:
         (tmp_path / "a.safetensors").write_bytes(data)
         with pytest.raises(FormatError, match="the token 'rhea' is in the file and in a.tokens.safetensors"):
             load_adapter(tmp_path / "a.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("family", "names"),
+    [
+        ("sdxl", (TE1, TE2, UNET)),
+        ("flux", [f"transformer.single_transformer_blocks.0.attn.to_{part}" for part in "qkv"]),
+    ],
+)
+def test_merging_from_the_weights_alone_needs_no_pipeline(family, names, tmp_path):
+    from loraclr.merge import merge
+
+    one, two = (Adapter.of([lora(name) for name in names], name=name).with_(family=family) for name in ("one", "two"))
+    paths = [
+        save_adapter(one, tmp_path / "one.safetensors", dtype=torch.float32),
+        save_adapter(two, tmp_path / "two.safetensors", format="diffusers", dtype=torch.float32),
+    ]
+    merged = load_adapter(merge(paths, method="sum").save(tmp_path / "both.safetensors", dtype=torch.float32))
+    assert merged.family == family
+    for name in names:
+        expected = one.layers[name].delta() + two.layers[name].delta()
+        torch.testing.assert_close(merged.layers[name].delta(), expected, rtol=1e-5, atol=1e-5)
