@@ -193,6 +193,9 @@ def test_ai_toolkit_and_what_we_write(tmp_path):
     plain = files.read(path).tensors
     assert f"{BLOCK}.attn.to_q.lora_A.weight" in plain
     assert_same(diffusers.read(Content(plain)), adapter)
+    wrapped = {key.replace("transformer.", "transformer.base_model.model.", 1): tensor for key, tensor in plain.items()}
+    assert diffusers.detect(wrapped, {})
+    assert_same(diffusers.read(Content(wrapped)), adapter)
     folder = save_adapter(adapter, tmp_path / "a", format="peft", dtype=torch.float32)
     assert_same(load_adapter(folder), adapter)
 

@@ -354,12 +354,16 @@ def test_lycoris_around_a_model_says_the_component_by_the_path():
                 "lycoris_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q.diff": torch.ones(2, 2),
                 "lycoris_text_model_encoder_layers_0_self_attn_q_proj.diff": torch.ones(2, 2),
                 "lycoris_single_transformer_blocks_3_proj_mlp.diff": torch.ones(2, 2),
+                "lycoris_double_blocks_3_img_mlp_0.diff": torch.ones(2, 2),
+                "lycoris_input_blocks_1_1_proj_in.diff": torch.ones(2, 2),
             }
         )
     )
     assert list(found.layers) == [
         "text_encoder.encoder.layers.0.self_attn.q_proj",
         "transformer.single_transformer_blocks.3.proj_mlp",
+        "transformer.transformer_blocks.3.ff.net.0.proj",
+        "unet.down_blocks.0.attentions.0.proj_in",
         ATTN,
     ]
 

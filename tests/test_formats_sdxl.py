@@ -8,7 +8,7 @@ from formats_samples import ATTN, assert_same, lora
 
 from loraclr.adapter import Adapter, LoraLayer
 from loraclr.errors import FormatError
-from loraclr.formats import files, kohya, load_adapter, save_adapter
+from loraclr.formats import describe, files, kohya, load_adapter, save_adapter
 from loraclr.formats.base import Content
 
 TE1, TE2 = "text_encoder.encoder.layers.0.mlp.fc1", "text_encoder_2.encoder.layers.1.self_attn.q_proj"
@@ -191,7 +191,9 @@ def test_names_of_comfyui(path, name, kind, tmp_path):
 def test_the_family_shows_in_what_cross_attention_reads(width, metadata, family, tmp_path):
     """A statement we know counts most, then the shapes, then a statement we do not know."""
     adapter = Adapter.of([lora(ATTN.replace("attn1.to_q", "attn2.to_k"), in_=width)])
-    assert load_adapter(save_adapter(adapter, tmp_path / "a.safetensors", metadata=metadata)).family == family
+    path = save_adapter(adapter, tmp_path / "a.safetensors", metadata=metadata)
+    assert load_adapter(path).family == family
+    assert any("its layers are those of sd1 models" in note for note in describe(path).warnings) == ((width, family) == (768, "sdxl"))
 
 
 class TestBundledEmbeddings:

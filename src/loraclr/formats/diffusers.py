@@ -92,7 +92,7 @@ def _canonical(path: str) -> str | None:
     component, rest = names.split(path)
     if component not in names.COMPONENTS:
         component, rest = names.component_of(path) or "", path
-    path = rest.replace(".processor.", ".")
+    path = rest.removeprefix("base_model.model.").replace(".processor.", ".")  # some trainers leave PEFT's wrapper in
     parent, _, leaf = path.rpartition(".")
     if names.kind(component) == "text_encoder" and leaf in _PROCESSOR:
         path = f"{parent}.{_PROCESSOR[leaf]}"

@@ -89,8 +89,8 @@ def _place(flat: str) -> str | Place | None:
             return _named(component, rest)
     if flat.startswith(WRAPPED):
         rest = flat.removeprefix(WRAPPED)
-        found = (_named(component, rest) for component in ("unet", "transformer", "text_encoder"))
-        return next((name for name in found if name), None)
+        found = (_place(prefix + rest) for prefix in ("lora_unet_", "lora_transformer_", "lora_te_"))
+        return next((place for place in found if place), None)
     return None
 
 

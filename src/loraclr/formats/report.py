@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from loraclr.adapter import Adapter, DenseLayer, LoraLayer
-from loraclr.formats import header
+from loraclr.formats import header, names
 
 
 @dataclass(frozen=True)
@@ -60,6 +60,9 @@ def _warnings(adapter: Adapter, low: list[LoraLayer], format: str) -> list[str]:
             "its header says split_qkv: the stored rank is three or four times the trained one at the same alpha, so every tool applies "
             "it at a third or a quarter of the strength it was trained at; give it a larger weight if it is too weak"
         )
+    shown = names.guess_family({layer.name: layer.shape for layer in adapter})
+    if shown and adapter.family and shown != adapter.family:
+        notes.append(f"its header says {adapter.family}, its layers are those of {shown} models")
     silent = [layer.name for layer in low if layer.scale == 0 or not layer.up.any() or not layer.down.any()]
     if silent:
         notes.append(f"{len(silent)} layers change nothing, the first is {silent[0]}")
