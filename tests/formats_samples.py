@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from loraclr.adapter import Adapter, DenseLayer, LoraLayer
+from loraclr.errors import FormatError
 
 ATTN = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
 OUT = "unet.mid_block.attentions.0.transformer_blocks.0.attn2.to_out.0"
@@ -43,3 +44,44 @@ def assert_same(ours: Adapter, other: Adapter, *, tolerance: float = 1e-6) -> No
         norm = b.change.norm() if isinstance(b, DenseLayer) else b.down.double().norm() * b.up.double().norm() * abs(b.scale)
         error = (a.delta(torch.float64) - b.delta(torch.float64)).norm() / norm
         assert error <= tolerance, (a.name, float(error))
+
+
+class Base:
+    """Weights of a model, as a Pipeline gives them."""
+
+    def __init__(self, **weights: torch.Tensor) -> None:
+        self.weights = weights
+
+    def base_weight(self, name: str) -> torch.Tensor:
+        if name not in self.weights:
+            raise FormatError(f"the base has no {name}")
+        return self.weights[name]
+
+
+BASE = Base(**{ATTN: torch.linspace(-1, 1, 96).view(12, 8), KERNEL: torch.linspace(-1, 1, 432).view(12, 4, 3, 3)})
+
+
+def exotic() -> dict[str, dict[str, torch.Tensor]]:
+    """Files that are read and not written: `lycoris`, which needs BASE, `flux` and `comfy`."""
+    q, k, conv = (
+        "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q",
+        "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_k",
+        "lora_unet_down_blocks_0_downsamplers_0_conv",
+    )
+    ff, mid = "lora_unet_mid_block_attentions_0_transformer_blocks_0_ff_net_2", "lora_unet_mid_block_resnets_0_conv1"
+    rand = torch.randn
+    lycoris = {
+        f"{q}.lora_down.weight": rand(2, 8), f"{q}.lora_up.weight": rand(12, 2), f"{q}.dora_scale": rand(12, 1),
+        f"{k}.hada_w1_a": rand(12, 2), f"{k}.hada_w1_b": rand(2, 8), f"{k}.hada_w2_a": rand(12, 2), f"{k}.hada_w2_b": rand(2, 8),
+        f"{k}.alpha": torch.tensor(1.0),
+        f"{conv}.oft_blocks": rand(3, 4, 4), f"{conv}.rescale": rand(12, 1, 1, 1), f"{conv}.alpha": torch.tensor(0.1),
+        f"{ff}.lokr_w1": rand(4, 2), f"{ff}.lokr_w2_a": rand(8, 1), f"{ff}.lokr_w2_b": rand(1, 8),
+        f"{mid}.lokr_w1": rand(2, 2), f"{mid}.lokr_t2": rand(2, 2, 3, 3), f"{mid}.lokr_w2_a": rand(2, 3), f"{mid}.lokr_w2_b": rand(2, 3),
+        "bundle_emb.rhea.clip_l": rand(2, 32),
+    }  # fmt: skip
+    flux, comfy = {}, {}
+    for path, out in {"double_blocks.0.img_attn.qkv": 18, "single_blocks.3.linear1": 42, "final_layer.adaLN_modulation.1": 12}.items():
+        stem = f"lora_unet_{path.replace('.', '_')}"
+        flux |= {f"{stem}.lora_down.weight": rand(2, 6), f"{stem}.lora_up.weight": rand(out, 2), f"{stem}.alpha": torch.tensor(1.0)}
+        comfy |= {f"diffusion_model.{path}.lora_A.weight": rand(2, 6), f"diffusion_model.{path}.lora_B.weight": rand(out, 2)}
+    return {"lycoris": lycoris, "flux": flux, "comfy": comfy}

@@ -24,20 +24,22 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
-from formats_samples import mixed
+from formats_samples import BASE, exotic, mixed
 
 from loraclr.adapter import Adapter
 from loraclr.errors import LoraclrError
 from loraclr.formats import FORMATS, describe, load_adapter, save_adapter
+from loraclr.formats.files import safetensors_bytes
 
 SECONDS, MEGABYTES = 5, 600  # for one file; for a whole run
 ENDINGS = {"kohya": ".safetensors", "diffusers": ".safetensors", "edlora": ".pth", "peft": ""}
+EXOTIC = ".safetensors"  # kinds and namings that are read only
 WORDS = ("alpha", "lora_down", "lora_up", "lora_A", "lora_B", "weight", "unet", "text", "dora_scale", "hada_w1_a", "0", "__metadata__")
 NUMBERS = (0, -1, 1, 2**31, 2**63, 2**64 - 1, 1e308, -0.5, True, None, "8", [], {}, [4, 4], [2**40, 2**40], "F8_E4M3", "I64", "BF16")
 
 
 def seeds(folder: Path) -> dict[str, Path]:
-    """One valid file of every format that writes, called by its name."""
+    """One valid file of every format that writes, called by its name, and of the kinds and namings that are read only."""
     tokens = {"<rhea1>": torch.randn(10, 32), "<rhea2>": torch.randn(10, 32)}
     found = {}
     for form in FORMATS:
@@ -50,6 +52,10 @@ def seeds(folder: Path) -> dict[str, Path]:
         path = folder / f"{form.id}{ENDINGS[form.id]}"
         save_adapter(adapter, path, format=form.id)
         found[form.id] = path
+    for name, tensors in exotic().items():
+        path = folder / f"{name}{EXOTIC}"
+        path.write_bytes(safetensors_bytes(tensors, {"ss_network_module": "lycoris.kohya"}))
+        found[name] = path
     return found
 
 
@@ -152,10 +158,10 @@ def outcome(path: Path) -> str:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             try:
-                adapter = load_adapter(path)
+                adapter = load_adapter(path, base=BASE)
             except LoraclrError:
                 return "refused"
-            describe(path)
+            describe(path, base=BASE)
             for layer in adapter:
                 assert bool(torch.isfinite(layer.delta(torch.float64)).all()), f"{layer.name} is not finite"
             return "read"
@@ -177,7 +183,7 @@ def run(count: int, seed: int) -> tuple[Counter[str], list[str]]:
         for number in range(count):
             rng = random.Random(f"{seed}/{number}")
             kind = kinds[number % len(kinds)]
-            target = folder / f"broken{ENDINGS[kind]}"
+            target = folder / f"broken{ENDINGS.get(kind, EXOTIC)}"
             mutate(originals[kind], target, rng)
             try:
                 found[f"{kind}: {outcome(target)}"] += 1

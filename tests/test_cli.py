@@ -12,16 +12,19 @@ from pathlib import Path
 from typing import get_args, get_type_hints
 
 import pytest
+import torch
 from concepts import KEYS, TEXT, concept, three
 from PIL import Image
 
 import loraclr
+from loraclr.cli import convert as convert_command
 from loraclr.cli import generate as generate_command
 from loraclr.cli import main, parse
 from loraclr.cli import merge as merge_command
 from loraclr.cli import toybox as toybox_command
 from loraclr.errors import MergeError, UsageError
-from loraclr.formats import FORMATS, load_adapter, save_adapter
+from loraclr.formats import FORMATS, WRITTEN, load_adapter, save_adapter
+from loraclr.formats.files import SUFFIXES, safetensors_bytes
 from loraclr.methods import METHODS, describe, make_method, parameters
 from loraclr.pipeline import Pipeline
 from loraclr.toybox import SPLITS
@@ -80,12 +83,13 @@ def module(name: str):
 
 def test_help_names_every_command_and_every_option(call):
     code, out, _ = call("--help")
-    commands = ("inspect", "merge", "generate", "evaluate", "methods", "demo", "toybox")
-    assert code == 0 and all(word in out for word in (*commands, "loraclr demo"))
-    for command, function in {"merge": merge_command.merge, "generate": generate_command.generate}.items():
+    listed = ("inspect", "merge", "convert", "generate", "evaluate", "methods", "demo", "toybox")
+    assert code == 0 and all(word in out for word in (*listed, "loraclr demo"))
+    commands = {"merge": merge_command.merge, "generate": generate_command.generate, "convert": convert_command.convert}
+    for command, function in commands.items():
         code, out, _ = call(command, "--help")
         assert code == 0
-        names = [name.rstrip("_").replace("_", "-") for name in inspect.signature(function).parameters if name != "files"]
+        names = [name.rstrip("_").replace("_", "-") for name in inspect.signature(function).parameters if name not in ("file", "files")]
         assert all(f"--{name}" in out for name in names)
 
 
@@ -119,7 +123,9 @@ def test_defaults_are_those_of_the_library():
 
 
 def test_choices_are_those_of_the_library():
-    assert set(get_args(get_type_hints(merge_command.merge)["format"])) == {format.id for format in FORMATS}
+    assert get_args(get_type_hints(merge_command.merge)["format"]) == get_args(get_type_hints(convert_command.convert)["to"]) == WRITTEN
+    assert tuple(parse.ENDINGS) == WRITTEN
+    assert all(parse.ENDINGS[one.id] == SUFFIXES[one.storage] for one in FORMATS if one.id in WRITTEN)
     assert get_args(get_type_hints(toybox_command.export)["split"]) == SPLITS
 
 
@@ -363,6 +369,73 @@ def test_merge_errors_of_the_inputs(call, files, tmp_path):
     assert "trigger was given for 'eve'" in error(call("merge", *files, "--method", "sum", "--output", target, "--trigger", "eve=x"))
     assert "no folder" in error(call("merge", *files, "--base", tmp_path / "none", "--output", target))
     assert not target.exists()
+
+
+# --- convert
+
+
+@pytest.mark.parametrize(("to", "name"), [("kohya", "ben-kohya.safetensors"), ("peft", "ben-peft"), ("edlora", "ben-edlora.pth")])
+def test_convert_keeps_every_change_and_the_tokens(to, name, call, files, tmp_path):
+    code, out, err = call("convert", files[1], "--to", to, "--dtype", "fp32")
+    assert (code, err) == (0, "")
+    assert out.startswith(f"written: {tmp_path / name}") and ("tokens:" in out) == (to != "edlora")
+    before, after = load_adapter(files[1]), load_adapter(tmp_path / name)
+    assert list(after.layers) == list(before.layers) and after.triggers == before.triggers
+    assert all(torch.allclose(after.layers[layer].delta(), before.layers[layer].delta(), atol=1e-6) for layer in before.layers)
+    assert (
+        all(torch.equal(after.tokens[token], rows) for token, rows in before.tokens.items()) and after.tokens.keys() == before.tokens.keys()
+    )
+
+
+def test_convert_to_a_rank_says_what_it_costs(call, files, tmp_path):
+    tensors = {f"lora_unet_{name.removeprefix('unet.').replace('.', '_')}.diff": torch.diag(torch.tensor([2.0, 1.0, 0.0])) for name in KEYS}
+    (tmp_path / "full.safetensors").write_bytes(safetensors_bytes(tensors, {}))
+    words = ("convert", tmp_path / "full.safetensors", "--to", "diffusers", "--output", tmp_path / "low.safetensors")
+    assert "is a dense change, which diffusers cannot load" in error(call(*words))
+    code, _, err = call(*words, "--rank", 1)
+    assert code == 0 and f"{len(KEYS)} of {len(KEYS)} layers were cut to rank 1" in err and "44.7% of its change" in err  # sqrt(1 / 5)
+    assert all(torch.allclose(layer.delta(), torch.diag(torch.tensor([2.0, 0, 0])), atol=1e-3) for layer in load_adapter(words[-1]))
+    said = json.loads(call(*words, "--rank", 2, "--force", "--json")[1])
+    assert (said["layers"], said["dense"], said["tokens"]) == (len(KEYS), 0, None) and max(said["lost"].values()) < 1e-12
+    code, _, err = call("convert", tmp_path / "full.safetensors", "--to", "kohya")
+    assert code == 0 and f"{len(KEYS)} of {len(KEYS)} layers have full rank" in err
+
+
+def test_convert_works_a_dora_out_on_its_base(call, base, model, tmp_path):
+    name = KEYS[0]
+    stem, weight = f"lora_unet_{name.removeprefix('unet.').replace('.', '_')}", model.base_weight(name)
+    parts = {"lora_down.weight": torch.zeros(1, weight.shape[1]), "lora_up.weight": torch.zeros(len(weight), 1)}
+    parts["dora_scale"] = 3 * weight.norm(dim=1, keepdim=True)
+    (tmp_path / "a.safetensors").write_bytes(safetensors_bytes({f"{stem}.{part}": tensor for part, tensor in parts.items()}, {}))
+    words = ("convert", tmp_path / "a.safetensors", "--to", "kohya", "--output", tmp_path / "b.safetensors", "--dtype", "fp32")
+    assert "pass the base model it is for (base=, or --base)" in error(call(*words))
+    assert call(*words, "--base", base)[0] == 0
+    torch.testing.assert_close(load_adapter(tmp_path / "b.safetensors").layers[name].delta(), 2 * weight)
+
+
+def test_convert_replaces_nothing_unasked(call, files, tmp_path):
+    words = ("convert", files[0], "--to", "diffusers", "--output")
+    assert "no such file" in error(call("convert", tmp_path / "nowhere" / "a.pth", "--to", "kohya"))
+    assert "end its name in .safetensors" in error(call(*words, tmp_path / "a.pth"))
+    assert "there is no folder" in error(call(*words, tmp_path / "no" / "a.safetensors"))
+    assert "exists already" in error(call(*words, files[1]))
+    assert "is the file to convert" in error(call(*words, files[0], "--force"))
+    assert call(*words, tmp_path / "a.safetensors")[0] == 0 and call(*words, tmp_path / "a.safetensors", "--force")[0] == 0
+    (tmp_path / "b.tokens.safetensors").write_bytes(b"of something else")
+    assert "b.tokens.safetensors exists already" in error(call(*words, tmp_path / "b.safetensors"))
+
+
+def test_merge_and_generate_read_what_needs_the_base(call, base, model, tmp_path):
+    """A rotation alone is refused, and read where a base is given."""
+    name = KEYS[0]
+    stem, out = f"lora_unet_{name.removeprefix('unet.').replace('.', '_')}", len(model.base_weight(name))
+    blocks = {f"{stem}.oft_blocks": torch.randn(out // 4, 4, 4)}
+    (tmp_path / "a.safetensors").write_bytes(safetensors_bytes(blocks, {"modelspec.trigger_phrase": "ada"}))
+    words = ("merge", tmp_path / "a.safetensors", "--method", "sum", "--output", tmp_path / "b.safetensors")
+    assert "OFT / BOFT rotation" in error(call(*words))
+    assert call(*words, "--base", base)[0] == 0
+    picture = ("generate", "--base", base, "--prompt", "ada", "--output", tmp_path, "--steps", 1, "--lora", tmp_path / "a.safetensors")
+    assert call(*picture)[0] == 0
 
 
 # --- generate

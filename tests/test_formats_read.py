@@ -66,7 +66,7 @@ class TestKohya:
 
     def test_two_names_of_one_layer(self):
         both = pair("lora_te_text_model_encoder_layers_0_self_attn_q_proj") | pair("lora_te_encoder_layers_0_self_attn_q_proj")
-        with pytest.raises(FormatError, match="two keys give its 'down'"):
+        with pytest.raises(FormatError, match="two keys give its 'lora_down'"):
             kohya.read(Content(both))
 
     @pytest.mark.parametrize("squeezed", ["none", "down", "up"])
@@ -108,15 +108,16 @@ class TestKohya:
     @pytest.mark.parametrize(
         ("key", "kind"),
         [
-            (f"{Q}.dora_scale", "DoRA"),
-            (f"{Q}.hada_w1_a", "LoHa"),
-            (f"{Q}.lokr_w1", "LoKr"),
-            (f"{Q}.oft_blocks", "OFT"),
+            (f"{Q}.oft_diag", "OFT rotations of an older layout"),
             (f"{Q}.diff_b", "bias differences"),
+            ("lora_unet_down_blocks_0_resnets_0_norm1.w_norm", "normalisation-layer differences"),
+            ("lora_unet_down_blocks_0_resnets_0_norm1.b_norm", "normalisation-layer differences"),
             (f"{Q}.lora_up.bias", "bias differences"),
-            ("bundle_emb.rhea.string_to_param.*", "bundled textual-inversion"),
-            ("lora_te2_text_model_encoder_layers_0_mlp_fc1.lora_up.weight", "second text encoder"),
-            ("lora_unet_double_blocks_0_img_attn_qkv.lora_up.weight", "Flux"),
+            ("bundle_emb.rhea.clip_g", "learned tokens are kept for the first text encoder alone"),
+            ("bundle_emb.rhea.clip_l_out", "learned tokens are kept for the first text encoder alone"),
+            ("lora_te2_encoder_layers_0_wrong.lora_up.weight", "1 keys that kohya does not have"),
+            ("lora_unet_double_blocks_0_img_attn_other.lora_up.weight", "Flux layers that Flux.1 does not have"),
+            ("lora_unet_joint_blocks_0_x_block_attn_qkv.lora_up.weight", "SD3"),
             (f"{Q}.something", "1 keys that kohya does not have"),
             ("lora_unet_mid_block_wrong_name.lora_up.weight", "1 keys that kohya does not have"),
         ],
@@ -132,6 +133,10 @@ class TestKohya:
             {f"{Q}.lora_down.weight": DOWN},
             {f"{Q}.alpha": torch.tensor(1.0)},
             pair(Q) | {f"{Q}.diff": PRODUCT},
+            pair(Q) | {f"{Q}.hada_w1_a": DOWN},
+            pair(Q) | {f"{Q}.lokr_w1": DOWN},
+            pair(Q) | {f"{Q}.oft_blocks": torch.ones(1, 3, 3)},
+            {f"{Q}.diff": PRODUCT, f"{Q}.dora_scale": torch.ones(3, 1)},
             {f"{Q}.lora_down.weight": DOWN, f"{Q}.lora_up.weight": torch.ones(3, 5)},
             {f"{Q}.lora_down.weight": DOWN[0], f"{Q}.lora_up.weight": UP},
             {f"{Q}.lora_down.weight": DOWN[:0], f"{Q}.lora_up.weight": UP[:, :0]},
@@ -231,7 +236,7 @@ class TestDiffusers:
         [
             ({"unet.r": 3, "unet.lora_alpha": 8}, "rank 3, its tensors have 2"),
             ({"unet.r": 2, "unet.lora_alpha": "8"}, "lora_alpha is '8'"),
-            ({"unet.r": 2, "unet.use_dora": True}, "use_dora=True"),
+            ({"unet.r": 2, "unet.use_dora": True}, "use_dora, but there are no magnitudes"),
             ({"unet.r": 2, "unet.init_lora_weights": "pissa"}, "init_lora_weights='pissa'"),
             ({"unet.r": 2, "unet.alpha_pattern": {"(a+)+b": 2}}, "too involved"),
             ({"unet.r": 2, "unet.alpha_pattern": {"(a": 2}}, "no regular expression"),
@@ -256,9 +261,7 @@ class TestDiffusers:
     @pytest.mark.parametrize(
         ("key", "kind"),
         [
-            (f"unet.{PATH}.to_q.lora_magnitude_vector", "DoRA"),
-            ("text_encoder_2.text_model.encoder.layers.0.mlp.fc1.lora_A.weight", "second text encoder"),
-            ("transformer.transformer_blocks.0.attn.to_q.lora_A.weight", "diffusion transformer"),
+            ("transformer.blocks.0.attn1.to_q.lora_A.weight", "layers of another transformer"),
             (f"unet.{PATH}.to_q.lora_B.bias", "bias differences"),
         ],
     )

@@ -16,7 +16,7 @@ def test_a_damaged_file_is_read_or_refused(seed):
 
 
 def test_a_reader_that_lets_something_through_is_found(monkeypatch):
-    def careless(path):
+    def careless(path, base):
         raise KeyError("lora_up")
 
     monkeypatch.setattr(fuzzing, "load_adapter", careless)

@@ -7,7 +7,7 @@ channels x kh x kw); `rank` a LoRA's inner dimension; `rows` tokens or pixels of
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 
@@ -57,7 +57,7 @@ class LoraLayer:
 
 @dataclass(frozen=True, eq=False)
 class DenseLayer:
-    """A full-rank change of one module (LoHa, LoKr, full diffs, DoRA after expansion)."""
+    """A full-rank change of one module: a full difference, or what DoRA and OFT come to on a certain base."""
 
     name: str
     change: Tensor  # (out, in) or (out, channels, kh, kw)
@@ -77,6 +77,36 @@ class DenseLayer:
 
     def delta(self, dtype: torch.dtype = torch.float32) -> Tensor:
         return self.change.to(dtype)
+
+
+class ProductLayer(DenseLayer):
+    """A full-rank change that is worked out when it is asked for, each time anew (LoHa, LoKr): a model's worth of them fits in memory.
+
+    `make(dtype)` returns the change, (out, in) or (out, channels, kh, kw), in `dtype`; `shape` is its shape.
+    """
+
+    def __init__(self, name: str, shape: tuple[int, ...], make: Callable[[torch.dtype], Tensor]) -> None:
+        object.__setattr__(self, "name", name)
+        object.__setattr__(self, "_shape", tuple(shape))
+        object.__setattr__(self, "_make", make)
+        self._shape: tuple[int, ...]
+        self._make: Callable[[torch.dtype], Tensor]
+
+    @property
+    def change(self) -> Tensor:
+        """In float32."""
+        return self._make(torch.float32)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self._shape
+
+    @property
+    def rank(self) -> int:
+        return min(self._shape[0], math.prod(self._shape[1:]))
+
+    def delta(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        return self._make(dtype)
 
 
 Layer = LoraLayer | DenseLayer

@@ -162,7 +162,9 @@ def merge(
     solver = make_method(method, **(parameters or {})) if isinstance(method, str) else method
     if not isinstance(method, str) and parameters:
         raise UsageError("parameters go with a method's name; a method that is already made has its own")
-    sources = [(adapter, None) if isinstance(adapter, Adapter) else (load_adapter(adapter), Path(adapter)) for adapter in adapters]
+    sources = [
+        (adapter, None) if isinstance(adapter, Adapter) else (load_adapter(adapter, base=base), Path(adapter)) for adapter in adapters
+    ]
     prompted = bool({"statistics", "sample", "predictions"} & solver.needs) or measure
     concepts = _concepts([adapter for adapter, _ in sources], weights, calls or {}, needed=prompted)
     if block_weights:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from loraclr.adapter import Adapter
     from loraclr.evaluate import Estimate, Evaluation, Subject, Variant
+    from loraclr.pipeline import Pipeline
 
 # What the table shows of a picture's values, in order.
 METRICS = {
@@ -90,12 +91,13 @@ def evaluate(
     from loraclr.pipeline import Pipeline
 
     templates, shown = read_prompts(prompts), read_references(references)
-    variants = _variants(lora, list(shown))
+    pipeline = Pipeline.load(base)
+    variants = _variants(lora, list(shown), pipeline)
     subjects = _subjects(shown, variants, trigger, class_)
     eyes, face = open_picture_judge(judge, download=download), None if face_judge is None else open_face_judge(face_judge)
     with show.progress(quiet=json) as tell:
         found = run(
-            Pipeline.load(base),
+            pipeline,
             variants,
             subjects,
             prompts=templates,
@@ -116,7 +118,7 @@ def evaluate(
         _show(found, output)
 
 
-def _variants(texts: Sequence[str], concepts: Sequence[str]) -> dict[str, Variant]:
+def _variants(texts: Sequence[str], concepts: Sequence[str], pipeline: Pipeline) -> dict[str, Variant]:
     """Label -> adapter, or adapters by concept where a folder holds one file for each."""
     from loraclr.evaluate import Variant
     from loraclr.formats import load_adapter
@@ -130,9 +132,9 @@ def _variants(texts: Sequence[str], concepts: Sequence[str]) -> dict[str, Varian
             raise UsageError(f"--lora: two adapters are called {name!r}; write LABEL=FILE")
         if path.is_dir() and not any((path / part / "adapter_config.json").is_file() for part in ("", "unet", "text_encoder")):
             files = {concept: _of_concept(path, concept) for concept in concepts}
-            found[name] = Variant({concept: load_adapter(file) for concept, file in files.items()}, scale)
+            found[name] = Variant({concept: load_adapter(file, base=pipeline) for concept, file in files.items()}, scale)
         else:
-            found[name] = Variant(load_adapter(path), scale)
+            found[name] = Variant(load_adapter(path, base=pipeline), scale)
     return found
 
 

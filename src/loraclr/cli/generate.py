@@ -51,8 +51,8 @@ def generate(
     from loraclr.generate import parse_region
     from loraclr.pipeline import Pipeline
 
-    adapters = [(load_adapter(path), scale) for path, scale in loras]
     pipeline = Pipeline.load(base)
+    adapters = [(load_adapter(path, base=pipeline), scale) for path, scale in loras]
     pixels = pipeline.check_settings(seeds=seeds, steps=steps, guidance=guidance, size=asked)
     with ExitStack() as stack:
         for adapter, scale in adapters:

@@ -10,7 +10,6 @@ import typer
 from rich.text import Text
 
 from loraclr.cli import parse, show
-from loraclr.errors import UsageError
 
 if TYPE_CHECKING:
     from loraclr.merge import LayerReceipt, MergeResult
@@ -55,7 +54,7 @@ def merge(
 
     Example: loraclr merge rhea.safetensors theo.safetensors --base toy/base --output both.safetensors
     """
-    _check_output(output, format, force=force)
+    parse.check_output(output, format, _companions(output), force=force)
     names = [parse.adapter_name(path) for path in files]
     weights = parse.weights(weight, names)
     blocks = parse.block_weights(block_weights)
@@ -90,19 +89,6 @@ def merge(
         show.as_json({"output": str(written), "tokens": None if sidecar is None else str(sidecar), **result.receipt()})
     else:
         _show(result, written, sidecar)
-
-
-def _check_output(output: Path, format: str, *, force: bool) -> None:
-    """Everything that would make the writing fail, said before any work."""
-    endings = {"kohya": (".safetensors",), "diffusers": (".safetensors",), "peft": ("",), "edlora": (".pth", ".pt")}[format]
-    if output.suffix not in endings:
-        made = "a folder: leave the ending off" if endings == ("",) else f"a file: end its name in {' or '.join(endings)}"
-        raise UsageError(f"--output {output}: format {format} is {made}")
-    if not output.parent.is_dir():
-        raise UsageError(f"--output {output}: there is no folder {output.parent}; make it first")
-    taken = [path.name for path in (output, *_companions(output)) if path.exists()]
-    if taken and not force:
-        raise UsageError(f"--output {output}: {', '.join(taken)} exists already; give another name, or --force to replace")
 
 
 def _companions(output: Path) -> list[Path]:

@@ -10,6 +10,9 @@ from typing import Any, get_origin
 
 from loraclr.errors import UsageError
 
+# How the name of an output ends; repeated from the formats, which are not imported to parse a command line.
+ENDINGS = {"kohya": (".safetensors",), "diffusers": (".safetensors",), "peft": ("",), "edlora": (".pth", ".pt")}
+
 
 def pair(text: str, what: str) -> tuple[str, str]:
     """`NAME=VALUE`."""
@@ -125,6 +128,19 @@ def lora(text: str) -> tuple[Path, float]:
     if not colon or Path(text).exists():
         return Path(text), 1.0
     return Path(name), number(scale, f"--lora {name}: the scale")
+
+
+def check_output(output: Path, format: str, beside: Sequence[Path], *, force: bool) -> None:
+    """Everything that would make the writing fail, said before any work. `beside` are files that are written with it."""
+    endings = ENDINGS[format]
+    if output.suffix not in endings:
+        made = "a folder: leave the ending off" if endings == ("",) else f"a file: end its name in {' or '.join(endings)}"
+        raise UsageError(f"--output {output}: format {format} is {made}")
+    if not output.parent.is_dir():
+        raise UsageError(f"--output {output}: there is no folder {output.parent}; make it first")
+    taken = [path.name for path in (output, *beside) if path.exists()]
+    if taken and not force:
+        raise UsageError(f"--output {output}: {', '.join(taken)} exists already; give another name, or --force to replace")
 
 
 def adapter_name(path: Path) -> str:

@@ -14,13 +14,15 @@ import torch
 
 from loraclr.adapter import Adapter
 from loraclr.errors import FormatError
-from loraclr.formats import diffusers, edlora, files, header, kohya, peft, sidecar
-from loraclr.formats.base import FLOATS, AdapterFormat, Content, PrecisionWarning, unplaced
+from loraclr.formats import comfy, diffusers, edlora, files, header, kohya, names, peft, sidecar
+from loraclr.formats.base import FLOATS, AdapterFormat, BaseWeights, Content, PrecisionWarning, unplaced
 from loraclr.formats.report import FileReport, report
 
 __all__ = [
     "FORMATS",
+    "WRITTEN",
     "AdapterFormat",
+    "BaseWeights",
     "Content",
     "FileReport",
     "PrecisionWarning",
@@ -30,15 +32,18 @@ __all__ = [
     "save_adapter",
 ]
 
-FORMATS: tuple[AdapterFormat, ...] = (kohya, diffusers, peft, edlora)
+FORMATS: tuple[AdapterFormat, ...] = (kohya, diffusers, peft, edlora, comfy)
+WRITTEN: tuple[str, ...] = tuple(one.id for one in FORMATS if one is not comfy)
 
 
-def load_adapter(path: str | Path, *, name: str | None = None) -> Adapter:
+def load_adapter(path: str | Path, *, name: str | None = None, base: BaseWeights | None = None) -> Adapter:
     """The adapter in a file or PEFT folder, with the tokens of a `NAME.tokens.safetensors` beside it.
 
-    `name` defaults to the file's name without its ending. Raises FormatError for whatever cannot be read completely.
+    `name` defaults to the file's name without its ending. `base` is the model it is for, a `Pipeline`: DoRA, OFT and BOFT are changes of
+    certain base weights, and are worked out on these; all other kinds need none. Raises FormatError for whatever cannot be read
+    completely.
     """
-    return _load(Path(path), name)[0]
+    return _load(Path(path), name, base)[0]
 
 
 def save_adapter(
@@ -79,28 +84,31 @@ def detect_format(path: str | Path) -> str:
         return _claim(files.read(Path(path))).id
 
 
-def describe(path: str | Path) -> FileReport:
-    """Reads the whole file and says what is in it, with its SHA-256 and remarks worth a user's attention."""
-    adapter, target = _load(Path(path), None)
+def describe(path: str | Path, *, base: BaseWeights | None = None) -> FileReport:
+    """Reads the whole file and says what is in it, with its SHA-256 and remarks worth a user's attention. `base` as in `load_adapter`."""
+    adapter, target, content = _load(Path(path), None, base)
+    types = {str(tensor.dtype).removeprefix("torch.") for key, tensor in content.tensors.items() if not key.endswith("alpha")}
     with files.about(Path(path)):
         size = sum(member.stat().st_size for member in files.members(Path(path)))
-        return report(adapter, path=Path(path), format=target.id, size=size, sha256=files.digest(Path(path)))
+        return report(adapter, path=Path(path), format=target.id, dtypes=tuple(sorted(types)), size=size, sha256=files.digest(Path(path)))
 
 
-def _load(path: Path, name: str | None) -> tuple[Adapter, AdapterFormat]:
+def _load(path: Path, name: str | None, base: BaseWeights | None) -> tuple[Adapter, AdapterFormat, Content]:
     with files.about(path):
         content = files.read(path)
         target = _claim(content)
-        adapter = target.read(content)
-        tokens = dict(adapter.tokens) if target.holds_tokens else sidecar.read(path)
+        adapter = target.read(content, base)
+        beside = {} if target.holds_tokens else sidecar.read(path)
+        if twice := sorted(beside.keys() & adapter.tokens.keys()):
+            raise FormatError(f"the token {twice[0]!r} is in the file and in {sidecar.path_for(path).name}; remove one of them")
         adapter = adapter.with_(
             name=name or (path.name if path.is_dir() else path.stem),
-            tokens=tokens,
+            tokens={**adapter.tokens, **beside},
             triggers=header.triggers(content.metadata),
-            family=header.family(content.metadata),
+            family=header.family(content.metadata, names.guess_family({layer.name: layer.shape for layer in adapter})),
             metadata=content.metadata,
         )
-    return adapter, target
+    return adapter, target, content
 
 
 def _claim(content: Content) -> AdapterFormat:
@@ -118,6 +126,5 @@ def _by_id(format: str) -> AdapterFormat:
     for one in FORMATS:
         if one.id == format:
             return one
-    known = [one.id for one in FORMATS]
-    near = get_close_matches(format, known, n=1)
-    raise FormatError(f"no format {format!r}; use one of {', '.join(known)}" + (f" (did you mean {near[0]!r}?)" if near else ""))
+    near = get_close_matches(format, WRITTEN, n=1)
+    raise FormatError(f"no format {format!r}; use one of {', '.join(WRITTEN)}" + (f" (did you mean {near[0]!r}?)" if near else ""))

@@ -1,4 +1,4 @@
-"""What every format shares: the raw content of a file, the protocol, and the way from tensors to layers and back.
+"""What every format shares: the raw content of a file, the protocol, and the way from layers to what is stored of them.
 
 Scale is folded exactly once: a reader sets `LoraLayer.scale`, a writer bakes it into the factors, so what is written always has scale 1.
 """
@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
 
-from loraclr.adapter import Adapter, DenseLayer, Layer, LoraLayer
+from loraclr.adapter import Adapter, DenseLayer, Layer
 from loraclr.errors import FormatError
 
 FLOATS = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64}
@@ -35,6 +35,13 @@ class Content:
     metadata: Mapping[str, str] = field(default_factory=dict)
 
 
+class BaseWeights(Protocol):
+    """What is asked of a base model; `loraclr.Pipeline` is one."""
+
+    def base_weight(self, name: str) -> Tensor:
+        """(out, in) or (out, channels, kh, kw) of the layer of that canonical name; a LoraclrError if there is none."""
+
+
 class AdapterFormat(Protocol):
     """One grammar of names and scales; each module of this package that stands in `FORMATS` is one."""
 
@@ -45,8 +52,11 @@ class AdapterFormat(Protocol):
     def detect(self, keys: Iterable[str], metadata: Mapping[str, str]) -> bool:
         """Whether this content is of this format: true for all of its files, also for those `read` then refuses."""
 
-    def read(self, content: Content) -> Adapter:
-        """Layers (and tokens, if the format holds them) under canonical names, scales set. FormatError for any key it cannot place."""
+    def read(self, content: Content, base: BaseWeights | None = None) -> Adapter:
+        """Layers (and tokens that the file holds) under canonical names, scales set. FormatError for any key it cannot place.
+
+        Kinds whose change depends on the base weights are worked out on `base`, and are a FormatError without one.
+        """
 
     def write(self, adapter: Adapter, dtype: torch.dtype) -> Content:
         """The reverse of `read`, scales baked in. FormatError for layers the format has no name or no key for."""
@@ -54,24 +64,26 @@ class AdapterFormat(Protocol):
 
 # Marks of kinds that are recognised in order to be refused by name.
 KINDS = {
-    "dora_scale": "DoRA magnitudes, whose effect depends on the base weights",
-    "lora_magnitude_vector": "DoRA magnitudes, whose effect depends on the base weights",
-    "hada_": "LoHa (Hadamard product) factors",
-    "lokr_": "LoKr (Kronecker product) factors",
-    "oft_": "OFT / BOFT rotations, whose effect depends on the base weights",
-    ".diff_b": "bias differences",
-    "lora_B.bias": "bias differences",
-    "lora_up.bias": "bias differences",
-    ".w_norm": "normalisation-layer differences",
-    ".b_norm": "normalisation-layer differences",
-    "bundle_emb.": "bundled textual-inversion embeddings",
-    "lora_te2_": "a second text encoder (SDXL)",
-    "lora_te3_": "a T5 text encoder (Flux, SD3)",
-    "text_encoder_2.": "a second text encoder (SDXL)",
-    "double_blocks": "Flux transformer layers",
-    "single_blocks": "Flux transformer layers",
+    "model.diffusion_model.": "the weights of a whole checkpoint",
+    "dora_scale": "DoRA magnitudes where this format has none",
+    "lora_magnitude_vector": "DoRA magnitudes where this format has none",
+    "hada_": "LoHa (Hadamard product) factors where this format has none",
+    "lokr_": "LoKr (Kronecker product) factors where this format has none",
+    "oft_diag": "OFT rotations of an older layout",
+    "oft_": "OFT / BOFT rotations where this format has none",
+    ".diff_b": "bias differences, and a merge solves for weights alone",
+    "lora_B.bias": "bias differences, and a merge solves for weights alone",
+    "lora_up.bias": "bias differences, and a merge solves for weights alone",
+    ".w_norm": "normalisation-layer differences, and a merge solves for linear and convolutional layers alone",
+    ".b_norm": "normalisation-layer differences, and a merge solves for linear and convolutional layers alone",
+    "_norm.scale": "normalisation-layer differences (a Flux control LoRA)",
+    "bundle_emb.": "bundled textual-inversion embeddings of a kind that has no place here",
+    "lora_te3_": "a third text encoder (SD3)",
     "joint_blocks": "SD3 transformer layers",
-    "transformer.": "layers of a diffusion transformer",
+    "double_blocks": "Flux layers that Flux.1 does not have",
+    "single_blocks": "Flux layers that Flux.1 does not have",
+    "diffusion_model.": "layers of another family than SD1.x, SD2.x, SDXL and Flux.1",
+    "transformer.": "layers of another transformer than Flux.1's",
 }
 
 
@@ -81,54 +93,10 @@ def unplaced(keys: Iterable[str], format_id: str) -> FormatError:
     shown = ", ".join(key[:120] for key in unknown[:3]) + (f" and {len(unknown) - 3} more" if len(unknown) > 3 else "")
     kind = next((text for mark, text in KINDS.items() for key in unknown if mark in key), None)
     if kind is None:
-        return FormatError(f"{len(unknown)} keys that {format_id} does not have: {shown}; use a plain LoRA of an SD1.x model")
-    return FormatError(f"holds {kind} ({shown}), which cannot be read as low-rank or dense changes; convert it to a plain SD1.x LoRA first")
-
-
-class Parts:
-    """Tensors gathered by module until each module is complete."""
-
-    def __init__(self) -> None:
-        self._parts: dict[str, dict[str, Tensor]] = {}
-
-    def put(self, name: str, part: str, tensor: Tensor) -> None:
-        mine = self._parts.setdefault(name, {})
-        if part in mine:
-            raise FormatError(f"{name}: two keys give its {part!r}; keep one of the two naming schemes")
-        mine[part] = tensor
-
-    def layers(self, scale: Callable[[str, int, float | None], float]) -> dict[str, Layer]:
-        """`scale(name, rank, alpha)` is the format's rule; alpha is None where the file has none."""
-        return {name: _layer(name, parts, scale) for name, parts in self._parts.items()}
-
-
-def _layer(name: str, parts: dict[str, Tensor], scale: Callable[[str, int, float | None], float]) -> Layer:
-    for part, tensor in parts.items():
-        if 0 in tensor.shape or (part != "alpha" and tensor.ndim not in (2, 4)):
-            raise FormatError(f"{name}: {part} has shape {tuple(tensor.shape)}; expected a matrix or a kernel, so the file is damaged")
-    if parts.keys() == {"diff"}:
-        return DenseLayer(name, parts["diff"])
-    if not {"down", "up"} <= parts.keys() <= {"down", "up", "mid", "alpha"}:
-        raise FormatError(f"{name}: has only {', '.join(sorted(parts))}; a LoRA needs its down and its up, a full difference stands alone")
-    alpha = parts.get("alpha")
-    if alpha is not None and alpha.numel() != 1:
-        raise FormatError(f"{name}: alpha has shape {tuple(alpha.shape)}; expected one number")
-    down, up = parts["down"], parts["up"]
-    factor = scale(name, down.shape[0], None if alpha is None else float(alpha))
-    if "mid" in parts:
-        down = _fold(name, down, parts["mid"])
-    if down.ndim == 2 and up.ndim == 4:
-        down = down[:, :, None, None]  # some tools squeeze one factor of a 1x1 convolution only
-    if up.ndim == 2 and down.ndim == 4:
-        up = up[:, :, None, None]
-    return LoraLayer(name, down, up, factor)
-
-
-def _fold(name: str, down: Tensor, mid: Tensor) -> Tensor:
-    """Tucker: (rank, in, 1, 1) through the core (rank, rank, kh, kw) is one (rank, in, kh, kw) convolution, exactly."""
-    if down.ndim != 4 or mid.ndim != 4 or down.shape[2:] != (1, 1) or mid.shape[1] != down.shape[0]:
-        raise FormatError(f"{name}: mid {tuple(mid.shape)} and down {tuple(down.shape)} are no Tucker pair; the file is damaged")
-    return torch.einsum("mnhw,ni->mihw", mid.float(), down.flatten(1).float())
+        return FormatError(
+            f"{len(unknown)} keys that {format_id} does not have: {shown}; use an adapter of an SD1.x, SD2.x, SDXL or Flux.1 model"
+        )
+    return FormatError(f"holds {kind} ({shown}), so it cannot be read as changes of weights; use a plain LoRA file instead")
 
 
 def stored_layers(adapter: Adapter, dtype: torch.dtype, *, alpha: float | None = None) -> Iterator[tuple[Layer, tuple[Tensor, ...]]]:
@@ -140,8 +108,9 @@ def stored_layers(adapter: Adapter, dtype: torch.dtype, *, alpha: float | None =
     errors: dict[str, float] = {}
     for layer in adapter:
         if isinstance(layer, DenseLayer):
-            change = _cast(layer.name, layer.change.double(), dtype)
-            errors[layer.name] = _ratio((change.double() - layer.change.double()).norm(), layer.change.double().norm())
+            whole = layer.delta(torch.float64)
+            change = _cast(layer.name, whole, dtype)
+            errors[layer.name] = _ratio((change.double() - whole).norm(), whole.norm())
             yield layer, (change,)
         else:
             exact = layer.down.double(), layer.up.double() * (layer.scale * layer.rank / alpha if alpha else layer.scale)

@@ -1,5 +1,7 @@
 """The names diffusers has used over the years: attention processors (2023), `.lora.down` (2023), `.lora_A` (since 2024, written here).
 
+AI-toolkit's Flux files are of this format.
+
 Scale is 1 unless the header has `lora_adapter_metadata` (a LoraConfig per component) or the file has `.alpha` keys.
 """
 
@@ -15,7 +17,8 @@ import torch
 from loraclr.adapter import Adapter
 from loraclr.errors import FormatError
 from loraclr.formats import loraconfig, names
-from loraclr.formats.base import Content, Parts, Storage, stored_layers, unplaced
+from loraclr.formats.base import BaseWeights, Content, Storage, stored_layers, unplaced
+from loraclr.formats.parts import Parts
 
 id: str = "diffusers"
 storage: Storage = "file"
@@ -26,25 +29,29 @@ _WEIGHT = re.compile(
     r"(?P<path>[\w.]+?)(?:\.lora_(?P<new>[AB])(?:\.default)?|(?:\.lora|\.lora_linear_layer|_lora)\.(?P<old>down|up))\.weight"
 )
 _ALPHA = re.compile(r"(?P<path>[\w.]+?)(?:\.lora|\.lora_linear_layer|_lora)?(?:\.down\.weight)?\.alpha")
-_PART = {"A": "down", "B": "up", "down": "down", "up": "up"}
+_MAGNITUDE = re.compile(r"(?P<path>[\w.]+?)\.lora_magnitude_vector(?:\.default)?(?:\.weight)?")
+_PART = {"A": "lora_down", "B": "lora_up", "down": "lora_down", "up": "lora_up"}
+_OTHERS = ("base_model.model.", "diffusion_model.", "text_encoders.", "double_blocks.", "single_blocks.")  # how keys of other formats begin
 _PROCESSOR = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out": "out_proj"}  # the text encoder's processors of 2023
 
 
 def detect(keys: Iterable[str], metadata: Mapping[str, str]) -> bool:
-    mine = (key for key in keys if not key.startswith("base_model.model."))
-    return any(_WEIGHT.fullmatch(key) or key.endswith(".lora_magnitude_vector") for key in mine)
+    mine = (key for key in keys if not key.startswith(_OTHERS))
+    return any(_WEIGHT.fullmatch(key) or _MAGNITUDE.fullmatch(key) for key in mine)
 
 
-def read(content: Content) -> Adapter:
+def read(content: Content, base: BaseWeights | None = None) -> Adapter:
     parts, unknown, alphas = Parts(), [], False
     for key, tensor in content.tensors.items():
-        weight, alpha = _WEIGHT.fullmatch(key), _ALPHA.fullmatch(key)
-        match = weight or alpha
+        weight, alpha, magnitude = _WEIGHT.fullmatch(key), _ALPHA.fullmatch(key), _MAGNITUDE.fullmatch(key)
+        match = weight or alpha or magnitude
         name = _canonical(match["path"]) if match else None
         if name is None:
             unknown.append(key)
         elif weight:
             parts.put(name, _PART[weight["new"] or weight["old"]], tensor)
+        elif magnitude:
+            parts.put(name, "dora_scale", loraconfig.magnitude(tensor))
         else:
             parts.put(name, "alpha", tensor)
             alphas = True
@@ -60,15 +67,17 @@ def read(content: Content) -> Adapter:
             return loraconfig.scale(configs[component], path, rank)
         return alpha / rank if alpha else 1.0
 
-    return Adapter(parts.layers(scale))
+    loraconfig.check_dora({name: configs.get(names.split(name)[0], {}) for name in parts.without("dora_scale")})
+    return Adapter(parts.layers(scale, base))
 
 
 def write(adapter: Adapter, dtype: torch.dtype) -> Content:
     tensors, ranks = {}, dict[str, dict[str, int]]()
     for layer, stored in stored_layers(adapter, dtype):
         component, path = names.split(layer.name)
-        if component not in names.ROOTS:
-            raise FormatError(f"{layer.name}: {id} files hold {' and '.join(names.ROOTS)}; leave {component!r} out")
+        if component not in names.COMPONENTS or names.is_t5(layer.name):
+            what = "a T5 text encoder" if names.is_t5(layer.name) else repr(component)
+            raise FormatError(f"{layer.name}: {id} loads LoRAs of {', '.join(names.COMPONENTS)} and of CLIP; leave {what} out")
         if len(stored) == 1:
             raise FormatError(f"{layer.name} is a dense change, which {id} cannot load; write format 'kohya', or reduce it to a rank first")
         stem = f"{component}.{names.with_text_model(component, path)}"
@@ -81,15 +90,15 @@ def write(adapter: Adapter, dtype: torch.dtype) -> Content:
 
 def _canonical(path: str) -> str | None:
     component, rest = names.split(path)
-    if component not in names.ROOTS:
+    if component not in names.COMPONENTS:
         component, rest = names.component_of(path) or "", path
-    path = rest.replace(".processor.", ".")
+    path = rest.removeprefix("base_model.model.").replace(".processor.", ".")  # some trainers leave PEFT's wrapper in
     parent, _, leaf = path.rpartition(".")
-    if component == "text_encoder" and leaf in _PROCESSOR:
+    if names.kind(component) == "text_encoder" and leaf in _PROCESSOR:
         path = f"{parent}.{_PROCESSOR[leaf]}"
     elif leaf == "to_out":
         path += ".0"
-    return names.canonical(component, path) if names.component_of(path) == component else None
+    return names.canonical(component, path) if names.fits(component, path) else None
 
 
 def _configs(metadata: Mapping[str, str]) -> dict[str, dict[str, Any]]:

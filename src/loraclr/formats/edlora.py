@@ -14,7 +14,8 @@ import torch
 from loraclr.adapter import Adapter
 from loraclr.errors import FormatError
 from loraclr.formats import names
-from loraclr.formats.base import Content, Parts, Storage, stored_layers, unplaced
+from loraclr.formats.base import BaseWeights, Content, Storage, stored_layers, unplaced
+from loraclr.formats.parts import Parts
 
 id: str = "edlora"
 storage: Storage = "torch"
@@ -28,14 +29,14 @@ def detect(keys: Iterable[str], metadata: Mapping[str, str]) -> bool:
     return any(key.startswith("params/") for key in keys)
 
 
-def read(content: Content) -> Adapter:
+def read(content: Content, base: BaseWeights | None = None) -> Adapter:
     parts, tokens, unknown = Parts(), {}, []
     for key, tensor in content.tensors.items():
         match = _KEY.fullmatch(key)
         if key.startswith(_TOKEN):
             tokens[key.removeprefix(_TOKEN)] = tensor if tensor.ndim > 1 else tensor[None]
         elif match and names.component_of(match["path"]) == match["component"]:
-            parts.put(names.canonical(match["component"], match["path"]), match["part"], tensor)
+            parts.put(names.canonical(match["component"], match["path"]), f"lora_{match['part']}", tensor)
         else:
             unknown.append(key)
     if unknown:

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from loraclr.errors import FormatError
 from loraclr.formats.base import FLOATS, Content, Storage
+from loraclr.formats.names import COMPONENTS
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 SUFFIXES: dict[Storage, tuple[str, ...]] = {"file": (".safetensors",), "torch": (".pth", ".pt"), "folder": ("",)}
@@ -204,9 +205,7 @@ def _holds_only_peft(folder: Path) -> bool:
     """Nothing but what this writer makes: replacing it loses nothing else."""
     known = {CONFIG, WEIGHTS, "README.md"}
     return all(
-        entry.name in known
-        if entry.is_file()
-        else entry.name in ("unet", "text_encoder") and {inner.name for inner in entry.iterdir()} <= known
+        entry.name in known if entry.is_file() else entry.name in COMPONENTS and {inner.name for inner in entry.iterdir()} <= known
         for entry in folder.iterdir()
     )
 

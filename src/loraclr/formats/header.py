@@ -28,13 +28,13 @@ _STALE = {
 }
 
 
-def family(metadata: Mapping[str, str]) -> str | None:
-    """`sd1`, `sdxl`, ... ; a model specification outside the table is kept as it stands, less its `/lora`."""
+def family(metadata: Mapping[str, str], guess: str | None = None) -> str | None:
+    """`sd1`, `sdxl`, ... as stated, else the `guess`; a model specification outside the table is kept as it stands, less its `/lora`."""
     version, architecture = metadata.get("ss_base_model_version", ""), metadata.get(ARCHITECTURE, "")
     for ours_starts, spec_starts, word in _FAMILIES:
         if version.startswith(ours_starts) or architecture.startswith(spec_starts):
             return word
-    return architecture.removesuffix("/lora") or None
+    return guess or architecture.removesuffix("/lora") or None
 
 
 def triggers(metadata: Mapping[str, str]) -> tuple[str, ...]:
@@ -48,6 +48,11 @@ def triggers(metadata: Mapping[str, str]) -> tuple[str, ...]:
             counts.update({tag.strip(): count for tag, count in tags.items() if isinstance(count, int)})
     found += [max(sorted(counts), key=lambda tag: counts[tag])] if counts else []
     return tuple(dict.fromkeys(word for word in found if word))
+
+
+def trained_split(metadata: Mapping[str, str]) -> bool:
+    """Whether kohya's trainer kept the parts of fused matrices apart, which makes the scale its own files state too small."""
+    return str(_object(metadata, "ss_network_args").get("split_qkv", "")).lower() in ("true", "1")
 
 
 def outgoing(adapter: Adapter, extra: Mapping[str, str]) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""Layer names of the original SD1.x UNet (`input_blocks_4_1_...`), as some kohya files have them, in diffusers' numbering.
+"""Layer names of the original UNet of SD1.x, SD2.x and SDXL (`input_blocks_4_1_...`), as kohya files have them, in diffusers' numbering.
 
 Blocks are counted through: every resolution has two layers and then one resampler on the way down; three layers on the way up.
 """
@@ -12,6 +12,8 @@ LAYERS = 2  # layers_per_block of SD1.x, SD2.x and SDXL alike
 _OUTER = {
     "time_embed_0": "time_embedding_linear_1",
     "time_embed_2": "time_embedding_linear_2",
+    "label_emb_0_0": "add_embedding_linear_1",
+    "label_emb_0_2": "add_embedding_linear_2",
     "input_blocks_0_0": "conv_in",
     "out_2": "conv_out",
 }

@@ -8,11 +8,12 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from torch import Tensor
+
 from loraclr.errors import FormatError
 
 # Settings under which the delta is not scale * up @ down, and the values that leave it alone.
 _PLAIN: dict[str, tuple[object, ...]] = {
-    "use_dora": (None, False),
     "fan_in_fan_out": (None, False),
     "lora_bias": (None, False),
     "bias": (None, "none"),
@@ -39,6 +40,18 @@ def check(config: Mapping[str, Any], where: str) -> None:
     for key, plain in _PLAIN.items():
         if config.get(key) not in plain:
             raise FormatError(f"{where}: {key}={config[key]!r} changes more than a plain LoRA does; convert the adapter with PEFT first")
+
+
+def check_dora(configs: Mapping[str, Mapping[str, Any]]) -> None:
+    """`configs` are those of the layers without magnitudes, which use_dora would promise. Raises FormatError."""
+    for name, config in configs.items():
+        if config.get("use_dora") not in (None, False):
+            raise FormatError(f"{name}: the configuration says use_dora, but there are no magnitudes for it; fetch the file again")
+
+
+def magnitude(vector: Tensor) -> Tensor:
+    """PEFT's magnitudes, (out,) or (1, out, 1, 1) for convolutions, as a column (out, 1): always one for each output row."""
+    return vector.reshape(-1, 1)
 
 
 def scale(config: Mapping[str, Any], path: str, rank: int) -> float:

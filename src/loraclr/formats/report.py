@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from loraclr.adapter import Adapter, DenseLayer, LoraLayer
+from loraclr.formats import header, names
 
 
 @dataclass(frozen=True)
@@ -29,11 +30,10 @@ class FileReport:
     warnings: tuple[str, ...]
 
 
-def report(adapter: Adapter, *, path: Path, format: str, size: int, sha256: str) -> FileReport:
-    """The record of `adapter`, read from `path`."""
+def report(adapter: Adapter, *, path: Path, format: str, dtypes: tuple[str, ...], size: int, sha256: str) -> FileReport:
+    """The record of `adapter`, read from `path`, whose tensors are of the types `dtypes`."""
     low = [layer for layer in adapter if isinstance(layer, LoraLayer)]
     dense = [layer for layer in adapter if isinstance(layer, DenseLayer)]
-    tensors = [layer.down for layer in low] + [layer.change for layer in dense]
     return FileReport(
         path=path,
         format=format,
@@ -42,7 +42,7 @@ def report(adapter: Adapter, *, path: Path, format: str, size: int, sha256: str)
         dense=len(dense),
         ranks=dict(sorted(Counter(layer.rank for layer in low).items())),
         scales=dict(sorted(Counter(layer.scale for layer in low).items())),
-        dtypes=tuple(sorted({str(tensor.dtype).removeprefix("torch.") for tensor in tensors})),
+        dtypes=dtypes,
         tokens={token: tuple(rows.shape) for token, rows in adapter.tokens.items()},
         triggers=adapter.triggers,
         size=size,
@@ -53,8 +53,16 @@ def report(adapter: Adapter, *, path: Path, format: str, size: int, sha256: str)
 
 def _warnings(adapter: Adapter, low: list[LoraLayer], format: str) -> list[str]:
     notes = []
-    if format == "kohya" and len({round(layer.scale * layer.rank, 4) for layer in low}) > 1:
+    if format == "kohya" and "transformer" not in adapter.components and len({round(layer.scale * layer.rank, 4) for layer in low}) > 1:
         notes.append("its layers have different alphas, which diffusers reads wrongly; writing it again with loraclr mends that")
+    if header.trained_split(adapter.metadata):
+        notes.append(
+            "its header says split_qkv: the stored rank is three or four times the trained one at the same alpha, so every tool applies "
+            "it at a third or a quarter of the strength it was trained at; give it a larger weight if it is too weak"
+        )
+    shown = names.guess_family({layer.name: layer.shape for layer in adapter})
+    if shown and adapter.family and shown != adapter.family:
+        notes.append(f"its header says {adapter.family}, its layers are those of {shown} models")
     silent = [layer.name for layer in low if layer.scale == 0 or not layer.up.any() or not layer.down.any()]
     if silent:
         notes.append(f"{len(silent)} layers change nothing, the first is {silent[0]}")
