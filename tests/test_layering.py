@@ -23,7 +23,7 @@ ORDER = (
     ("pipeline",),
     ("collect",),
     ("merge",),
-    ("generate",),
+    ("generate", "train"),
     ("toybox", "web"),
     ("cli",),
 )
@@ -97,7 +97,7 @@ def test_importing_the_package_imports_nothing_heavy():
 
 
 def test_help_does_not_import_torch():
-    for words in (["--help"], ["merge", "--help"], ["generate", "--help"], ["--version"]):
+    for words in (["--help"], ["merge", "--help"], ["generate", "--help"], ["train", "--help"], ["--version"]):
         assert not modules_after(f"from loraclr.cli import main\nassert main({words}) == 0") & {
             "torch",
             "numpy",
@@ -125,7 +125,16 @@ def test_type_checkers_see_the_same_public_names():
     assert seen == loraclr._HOMES
 
 
-@pytest.mark.parametrize("first", ["import loraclr.collect", "from loraclr.generate import Region", "from loraclr import merge", "pass"])
+@pytest.mark.parametrize(
+    "first",
+    [
+        "import loraclr.collect",
+        "from loraclr.generate import Region",
+        "from loraclr import merge",
+        "from loraclr.train import Recipe",
+        "pass",
+    ],
+)
 def test_a_verb_is_its_function_whichever_import_came_first(first):
-    check = "import loraclr\nfor verb in ('collect', 'merge', 'generate'): assert callable(getattr(loraclr, verb)), verb"
+    check = "import loraclr\nfor verb in ('collect', 'merge', 'generate', 'train'): assert callable(getattr(loraclr, verb)), verb"
     modules_after(f"{first}\n{check}\nfrom loraclr.merge import MergeResult\nfrom loraclr import methods\nassert methods.METHODS")
