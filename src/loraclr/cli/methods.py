@@ -30,10 +30,11 @@ def methods(
             overview.add_row(method.name, method.summary, "yes" if method().needs else "no", " ".join(_presets(method)))
         show.out.print(overview)
     for method in chosen:
-        _show(method, described=name is not None)
+        describe(method, described=name is not None)
 
 
-def _show(method: Any, *, described: bool) -> None:
+def describe(method: Any, *, described: bool) -> None:
+    """A method, or a recipe: name, reference, with `described` what it is, and its hyper-parameters."""
     from loraclr.methods import parameters
 
     if not described:

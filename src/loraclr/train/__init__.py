@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from loraclr.methods.options import parameters
 from loraclr.train.orthogonal import SharedRowsWarning, shared_rows
 from loraclr.train.recipe import Recipe
 from loraclr.train.recipes import RECIPES, make_recipe
 from loraclr.train.run import train
 
-__all__ = ["RECIPES", "Recipe", "SharedRowsWarning", "make_recipe", "shared_rows", "train"]
+__all__ = ["RECIPES", "Recipe", "SharedRowsWarning", "make_recipe", "parameters", "shared_rows", "train"]

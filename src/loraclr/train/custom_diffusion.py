@@ -44,6 +44,10 @@ class CustomDiffusion(Recipe):
     spread: Spread = 0.013
     rank: Annotated[int, Option("of the change in the file; 0 keeps it whole", 0)] = 0
 
+    @property
+    def whole_layers(self) -> bool:
+        return self.rank == 0
+
     def words(self, trigger: str, class_word: str | None) -> Words:
         return learned_words(trigger, class_word, count=1, followed=True)
 

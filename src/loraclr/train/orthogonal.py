@@ -69,10 +69,10 @@ class Orthogonal(EdLora):
         if self.rows == "gaussian":
             return torch.randn(rank, width, generator=generator) * (_HALVED / width**0.5)
         first = self.index * rank
-        if self.rows == "blocks" and first + rank <= width:
-            return basis(width)[first : first + rank].float() * _HALVED
-        rows: Tensor = basis(width)[torch.randperm(width, generator=generator)[:rank]].float() * _HALVED
-        return rows
+        block = self.rows == "blocks" and first + rank <= width
+        chosen = torch.arange(first, first + rank) if block else torch.randperm(width, generator=generator)[:rank]
+        rows: Tensor = basis(width)[chosen]
+        return rows.float() * _HALVED
 
 
 @cache

@@ -61,6 +61,7 @@ class Recipe:
     summary: ClassVar[str]
     reference: ClassVar[str]
     presets: ClassVar[Mapping[str, Mapping[str, object]]] = MappingProxyType({})
+    only_tokens: ClassVar[bool] = False  # whether the adapter has no layers
     templates: ClassVar[tuple[str, ...]] = OBJECT  # for pictures without a caption; {} is the call
 
     steps: Steps = 1000
@@ -83,6 +84,11 @@ class Recipe:
         ]
         if found:
             raise UsageError(f"recipe {self.name!r}: " + " ".join(found))
+
+    @property
+    def whole_layers(self) -> bool:
+        """Whether the adapter's layers are whole matrices, which not every format can hold."""
+        return False
 
     def words(self, trigger: str, class_word: str | None) -> Words:
         """The concept's words, or UsageError that names everything wrong with them."""

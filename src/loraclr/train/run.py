@@ -109,7 +109,8 @@ def train(
         )
         layers, notes = recipe.layers(student)
         tokens = student.embeddings()
-    about = settings | {"base": base.source, "count": len(shots), "loss": loop.recent(losses), **notes, "versions": _versions()}
+    kept = {key: value for key, value in settings.items() if key != "templates"}
+    about = kept | {"base": base.source, "count": len(shots), "loss": loop.recent(losses), **notes, "versions": _versions()}
     return Adapter(
         {layer.name: layer for layer in layers},
         name=name or trigger.strip("<>"),

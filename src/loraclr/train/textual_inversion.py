@@ -25,6 +25,7 @@ class TextualInversion(Recipe):
     summary: ClassVar[str] = "one new word, all weights as they were"
     reference: ClassVar[str] = "Textual Inversion, arXiv 2208.01618"
     presets = {"toybox": {**TOYBOX, "token_lr": 5e-3}}  # noqa: RUF012
+    only_tokens: ClassVar[bool] = True
     layerwise: ClassVar[bool] = False
 
     steps: Steps = 3000
