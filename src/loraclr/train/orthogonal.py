@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -67,7 +68,7 @@ class Orthogonal(EdLora):
     def down(self, width: int, rank: int, generator: torch.Generator) -> Tensor:
         """(rank, width): the frozen rows of one layer, orthogonal and of length 1/2 (gaussian: on average)."""
         if self.rows == "gaussian":
-            return torch.randn(rank, width, generator=generator) * (_HALVED / width**0.5)
+            return torch.randn(rank, width, generator=generator) * (_HALVED / math.sqrt(width))
         first = self.index * rank
         block = self.rows == "blocks" and first + rank <= width
         chosen = torch.arange(first, first + rank) if block else torch.randperm(width, generator=generator)[:rank]
