@@ -109,7 +109,7 @@ def recent(losses: list[float]) -> float:
 
 
 def _loss(student: Student, recipe: Recipe, diffusion: Diffusion, own: Examples, prior: Examples | None) -> Tensor:
-    generator, device = student.generator, student.pipeline.device
+    generator, device = student.generator, student.device
     clean, prompts, masks = own.draw(recipe.batch, generator)
     if prior is not None:
         more, words, everywhere = prior.draw(recipe.batch, generator)

@@ -63,6 +63,7 @@ class Student:
     def __init__(self, pipeline: Pipeline, *, generator: torch.Generator, bf16: bool = False, watch: bool = False) -> None:
         pipeline.check_plain()
         self.pipeline, self.generator, self.bf16 = pipeline, generator, bf16
+        self.device = pipeline.device  # once: diffusers walks all modules at every asking
         self.groups: list[dict[str, Any]] = []
         self.tokens: dict[str, slice] = {}
         self.tokens_frozen = False
@@ -85,7 +86,7 @@ class Student:
                     stack.callback(setattr, module, "training", module.training)
                 part.eval()
             attentions = [pipe.unet.get_submodule(path) for path in self.pipeline.cross_attention_layers]
-            if self.bf16 and self.pipeline.device.type == "cpu":
+            if self.bf16 and self.device.type == "cpu":
                 _plain_attention(pipe, stack)
             if self._watch:
                 stack.enter_context(watched(attentions, self.maps, lambda: self.watching))
@@ -109,15 +110,18 @@ class Student:
             self._stack.callback(_delete, part, "peft_config")
             for name, (parent, key, _) in found.items():
                 self._stack.callback(setattr, parent, key, self.pipeline.modules[name])
+            trained = [parameter for parameter in part.parameters() if parameter.requires_grad]
             with torch.random.fork_rng(devices=[]):  # peft draws from the global generator; what it drew is replaced below
                 inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=alpha, target_modules=paths), part, _ADAPTER)
+            for parameter in trained:  # peft has frozen all that is not its own, learned tokens too
+                parameter.requires_grad_(True)
             for name, (parent, key, _) in found.items():
                 self._loras[name] = layer = getattr(parent, key)
                 down, up = layer.lora_A[_ADAPTER], layer.lora_B[_ADAPTER]
                 start = torch.empty(down.weight.shape)
                 nn.init.kaiming_uniform_(start, a=5**0.5, generator=self.generator)
-                down.weight = nn.Parameter((start if downs is None else downs[name].float()).to(self.pipeline.device), downs is None)
-                up.weight = nn.Parameter(torch.zeros(up.weight.shape, device=self.pipeline.device))
+                down.weight = nn.Parameter((start if downs is None else downs[name].float()).to(self.device), downs is None)
+                up.weight = nn.Parameter(torch.zeros(up.weight.shape, device=self.device))
         weights = [factor[_ADAPTER].weight for name in names for factor in (self._loras[name].lora_A, self._loras[name].lora_B)]
         self.groups.append({"params": [weight for weight in weights if weight.requires_grad], "lr": lr})
 
@@ -126,7 +130,7 @@ class Student:
         for name in names:
             module = self.pipeline.modules[name]
             assert isinstance(module, nn.Linear)
-            self._changes[name] = change = nn.Parameter(torch.zeros(module.weight.shape, device=self.pipeline.device))
+            self._changes[name] = change = nn.Parameter(torch.zeros(module.weight.shape, device=self.device))
 
             def add(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor, change: Tensor = change) -> Tensor:
                 return output + functional.linear(inputs[0], change)
