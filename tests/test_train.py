@@ -16,6 +16,7 @@ from PIL import Image, ImageDraw
 import loraclr
 from loraclr.adapter import Adapter, DenseLayer, LoraLayer
 from loraclr.cli import main
+from loraclr.collect import Collection
 from loraclr.errors import PipelineError, TrainError, UsageError
 from loraclr.formats import load_adapter, save_adapter
 from loraclr.merge import merge
@@ -66,7 +67,7 @@ def folder(tmp_path_factory) -> Path:
         ImageDraw.Draw(mask).rectangle((5, 5, 12, 18), fill=255)
         image.save(made / f"{number}.png")
         mask.save(made / "masks" / f"{number}.png")
-    (made / "1.txt").write_text("a <TOK> by the sea\n")
+    (made / "1.txt").write_text("a <TOK> by the sea\n\n <TOK>  smiling\n")
     return made
 
 
@@ -171,7 +172,8 @@ def test_an_edlora_file_has_the_released_layout(pipeline, folder, tmp_path):
 def test_plain_and_layerwise_adapters_merge_together(pipeline, folder):
     names = {"lora": "ada", "edlora": "ben", "custom-diffusion": "cai", "pplus": "dee"}
     adapters = [learn(folder, pipeline, small(name, steps=2), trigger=trigger) for name, trigger in names.items()]
-    merged = merge(adapters, base=pipeline).adapter
+    quick = Collection(fit=("a {}",), held_out=("the {}",), preserve=("a m",), steps=2)
+    merged = merge(adapters, base=pipeline, collection=quick).adapter
     assert set(merged.layers) == set(adapters[0].layers)
     assert set(merged.tokens) == {"<ben1>", "<ben2>", "<cai>", "<dee>"}
     with pipeline.applied(merged):
@@ -406,12 +408,16 @@ def test_a_student_encodes_as_the_pipeline_does(pipeline):
 
 def test_captions_masks_and_mirrors(pipeline, folder):
     shots, problems = read_folder(folder, call="qq m")
-    assert not problems and [shot.caption for shot in shots] == [None, "a qq m by the sea", None]
+    assert not problems and [shot.captions for shot in shots] == [(), ("a qq m by the sea", "qq m smiling"), ()]
     own = Examples(pipeline, shots, templates=["one {}", "two {}"], call="qq m", flip=True)
     assert own.latents.shape == (6, 4, 8, 8) and own.masks.shape == (6, 1, 8, 8)
     assert torch.equal(own.masks[3:], own.masks[:3].flip(-1)) and set(own.masks.unique().tolist()) == {0.0, 1.0}
     latents, prompts, masks = own.draw(50, torch.Generator().manual_seed(0))
-    assert set(prompts) == {"one qq m", "two qq m", "a qq m by the sea"} and latents.shape == (50, 4, 8, 8) and len(masks) == 50
+    assert (
+        set(prompts) == {"one qq m", "two qq m", "a qq m by the sea", "qq m smiling"}
+        and latents.shape == (50, 4, 8, 8)
+        and len(masks) == 50
+    )
     plain = Examples(pipeline, [Shot(shots[0].image)], templates=["one {}"], call="x", flip=False)
     assert plain.masks is None and torch.equal(plain.draw(1, torch.Generator())[2], torch.ones(1, 1, 8, 8))
 
@@ -496,6 +502,7 @@ def test_everything_wrong_is_in_one_message(pipeline, tmp_path):
     (tmp_path / "a.png").write_bytes(b"no picture")
     Image.new("RGB", (4, 4)).save(tmp_path / "b.png")
     Image.new("RGB", (4, 4)).save(tmp_path / "c.png")
+    (tmp_path / "b.txt").write_text("\n")
     (tmp_path / "c.txt").write_text("a tree")
     (tmp_path / "masks").mkdir()
     Image.new("L", (5, 4)).save(tmp_path / "masks" / "b.png")
@@ -506,6 +513,7 @@ def test_everything_wrong_is_in_one_message(pipeline, tmp_path):
         "a.png cannot be read as a picture",
         "a.png has no mask in",
         "b.png is 4x4 and its mask 5x4; make them equal",
+        "b.txt is empty; write a caption into it, or remove it",
         "the caption c.txt does not name the concept; write <TOK>",
         "rank 33 is larger than",
         "rank 40 is larger than 8 layers, such as text_encoder.encoder.layers.0.self_attn.k_proj of rank 32; give 32 or less",
@@ -612,6 +620,9 @@ def test_recipes_are_listed(capsys):
     assert main(["recipes"]) == 0 and main(["recipes", "orthogonal:toybox"]) == 0
     said = capsys.readouterr().out
     assert all(name in said for name in RECIPES) and "arXiv 2312.02432" in said and "index" in said
+    assert main(["recipes", "pplus", "--json"]) == 0
+    (told,) = json.loads(capsys.readouterr().out)
+    assert told["name"] == "pplus" and {row["name"]: row["default"] for row in told["parameters"]}["token_lr"] == 5e-3
     assert main(["recipes", "orthgonal"]) == 1 and "Did you mean 'orthogonal'?" in capsys.readouterr().err
 
 

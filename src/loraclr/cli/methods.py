@@ -22,7 +22,7 @@ def methods(
         name = name.partition(":")[0]
     chosen: list[Any] = [METHODS[name]] if name else list(METHODS.values())
     if json:
-        show.as_json([_record(method) for method in chosen])
+        show.as_json([record(method) | {"needs": sorted(method().needs)} for method in chosen])
         return
     if name is None:
         overview = show.table("method", "what it does", "needs a base", "presets")
@@ -52,14 +52,14 @@ def describe(method: Any, *, described: bool) -> None:
     show.out.print(table if table.row_count else "  no parameters")
 
 
-def _record(method: Any) -> dict[str, object]:
+def record(method: Any) -> dict[str, object]:
+    """The same for JSON."""
     from loraclr.methods import parameters
 
     return {
         "name": method.name,
         "summary": method.summary,
         "reference": method.reference,
-        "needs": sorted(method().needs),
         "presets": _presets(method),
         "parameters": [{key: value for key, value in row._asdict().items() if key != "type"} for row in parameters(method)],
     }

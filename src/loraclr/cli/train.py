@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from loraclr.cli import parse, show
-from loraclr.cli.methods import describe
+from loraclr.cli.methods import describe, record
 from loraclr.errors import UsageError
 
 if TYPE_CHECKING:
@@ -106,6 +106,7 @@ def train(
 
 def recipes(
     name: Annotated[str | None, typer.Argument(metavar="[RECIPE]", help="Only this one, with its description.", show_default=False)] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
 ) -> None:
     """List the training recipes, their presets and their settings."""
     from loraclr.train import RECIPES, make_recipe
@@ -114,6 +115,9 @@ def recipes(
         make_recipe(name)  # says what is wrong with the name, unless it has a preset
         name = name.partition(":")[0]
     chosen: list[Any] = [RECIPES[name]] if name else list(RECIPES.values())
+    if json:
+        show.as_json([record(recipe) for recipe in chosen])
+        return
     if name is None:
         overview = show.table("recipe", "what it trains", "presets")
         for recipe in chosen:

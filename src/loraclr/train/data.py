@@ -1,4 +1,4 @@
-"""From folders of pictures to latents and prompts: `NAME.png`, a caption `NAME.txt` beside it, a mask `masks/NAME.png`."""
+"""From folders of pictures to latents and prompts: `NAME.png`, captions `NAME.txt` beside it, a mask `masks/NAME.png`."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ _AT_ONCE = 4  # pictures through the autoencoder
 
 @dataclass(frozen=True, eq=False)
 class Shot:
-    """One picture (RGB) with its caption and its mask (L, white where the concept is), if it has them."""
+    """One picture (RGB) with its captions, of which one is drawn each time, and its mask (L, white where the concept is)."""
 
     image: Image
-    caption: str | None = None
+    captions: tuple[str, ...] = ()
     mask: Image | None = None
 
 
 def read_folder(folder: Path, *, call: str | None = None) -> tuple[list[Shot], list[str]]:
     """The pictures of a folder in the order of their names, and what is wrong with it, one sentence each.
 
-    With `call` every caption must hold it, or `<TOK>`, which becomes it.
+    A caption file has one caption a line. With `call` every caption must hold it, or `<TOK>`, which becomes it.
     """
     if not folder.is_dir():
         return [], [f"there is no folder {folder}; give the folder that holds the pictures"]
@@ -46,7 +46,7 @@ def read_folder(folder: Path, *, call: str | None = None) -> tuple[list[Shot], l
     masked = (folder / "masks").is_dir()
     for path in paths:
         image = _open(path, "RGB", problems)
-        caption = _caption(path, call, problems)
+        captions = _captions(path, call, problems)
         mask = None
         if masked:
             beside = next((one for one in _pictures(folder / "masks") if one.stem == path.stem), None)
@@ -57,7 +57,7 @@ def read_folder(folder: Path, *, call: str | None = None) -> tuple[list[Shot], l
         if image and mask and image.size != mask.size:
             problems.append(f"{path.name} is {image.width}x{image.height} and its mask {mask.width}x{mask.height}; make them equal")
         if image:
-            shots.append(Shot(image, caption, mask))
+            shots.append(Shot(image, captions, mask))
     if doubled := sorted({path.stem for path in paths if [one.stem for one in paths].count(path.stem) > 1}):
         problems.append(f"two pictures are called {doubled[0]}, so that they would share a caption; rename one")
     return shots, problems
@@ -89,20 +89,23 @@ def _open(path: Path, mode: str, problems: list[str]) -> Image | None:
         return None
 
 
-def _caption(path: Path, call: str | None, problems: list[str]) -> str | None:
+def _captions(path: Path, call: str | None, problems: list[str]) -> tuple[str, ...]:
     beside = path.with_suffix(".txt")
     if not beside.exists():
-        return None
+        return ()
     try:
-        text = " ".join(beside.read_text("utf-8").split())
+        lines = [" ".join(line.split()) for line in beside.read_text("utf-8").splitlines()]
     except (OSError, UnicodeDecodeError) as error:
         problems.append(f"{beside} cannot be read ({error}); save it as UTF-8 text")
-        return None
+        return ()
+    texts = [line for line in lines if line]
+    if not texts:
+        problems.append(f"{beside} is empty; write a caption into it, or remove it")
     if call is not None:
-        text = text.replace(PLACEHOLDER, call)
-        if call.casefold() not in text.casefold():
+        texts = [text.replace(PLACEHOLDER, call) for text in texts]
+        if any(call.casefold() not in text.casefold() for text in texts):
             problems.append(f"the caption {beside.name} does not name the concept; write {PLACEHOLDER} where {call!r} is to stand")
-    return text
+    return tuple(texts)
 
 
 class Examples:
@@ -115,8 +118,8 @@ class Examples:
         from PIL import Image, ImageOps
 
         height, width = pipeline.check_settings(seeds=[], steps=1, guidance=1, size=None)
-        self.captions = [shot.caption for shot in shots]
-        self.prompts = [template.replace("{}", call) for template in templates]
+        filled = tuple(template.replace("{}", call) for template in templates)
+        self.prompts = [shot.captions or filled for shot in shots]  # of each picture
         fitted = [ImageOps.fit(shot.image, (width, height), Image.Resampling.LANCZOS) for shot in shots]
         pixels = torch.stack([torch.from_numpy(np.asarray(image).copy()) for image in fitted]).permute(0, 3, 1, 2).float() / 127.5 - 1
         self.latents = _encode(pipeline, torch.cat([pixels, pixels.flip(-1)]) if flip else pixels)
@@ -135,9 +138,9 @@ class Examples:
     def draw(self, count: int, generator: torch.Generator) -> tuple[Tensor, list[str], Tensor]:
         """`count` latents with prompts, and masks of the same height and width: 1 everywhere where there are none."""
         rows = torch.randint(len(self.latents), (count,), generator=generator)
-        picks = torch.randint(len(self.prompts), (count,), generator=generator).tolist()
-        captions = [self.captions[row % len(self.captions)] for row in rows.tolist()]
-        prompts = [self.prompts[pick] if caption is None else caption for caption, pick in zip(captions, picks, strict=True)]
+        choices = [self.prompts[row % len(self.prompts)] for row in rows.tolist()]
+        picks = torch.rand(count, generator=generator, dtype=torch.float64).tolist()
+        prompts = [texts[int(pick * len(texts))] for texts, pick in zip(choices, picks, strict=True)]
         masks = torch.ones(count, 1, *self.latent) if self.masks is None else self.masks[rows]
         return self.latents[rows], prompts, masks
 
