@@ -287,12 +287,16 @@ def test_prior_preservation_draws_the_class_once_and_adds_its_loss(pipeline, fol
     assert losses[1] - losses[0] == pytest.approx(losses[2] - losses[1], rel=1e-4) and losses[1] > losses[0]
 
 
-def test_learned_tokens_stop_at_their_norm(pipeline, folder):
+def test_learned_tokens_stop_at_their_norm(pipeline, folder, tmp_path):
     runs = {
         (stop, steps): learn(folder, pipeline, small("edlora", steps=steps, norm_stop=stop, hold=1.0)).tokens["<qq1>"]
         for stop in (0.0, None)
         for steps in (1, 3)
     }
+    recipe = small("edlora", steps=3, norm_stop=0.0, hold=1.0)
+    with pytest.raises(KeyboardInterrupt):
+        learn(folder, pipeline, recipe, work=tmp_path, checkpoint_every=1, progress=killed_at(2, 3))
+    assert torch.equal(learn(folder, pipeline, recipe, work=tmp_path).tokens["<qq1>"], runs[0.0, 1])  # stopped stays stopped
     assert torch.equal(runs[0.0, 1], runs[0.0, 3]) and not torch.equal(runs[None, 1], runs[None, 3])
 
 
@@ -554,6 +558,12 @@ def test_every_preset_can_be_made_and_every_setting_says_what_it_is():
         for preset, values in recipe.presets.items():
             made = make_recipe(f"{name}:{preset}")
             assert all(getattr(made, key) == value for key, value in values.items())
+
+
+def test_a_base_in_half_precision_is_refused(pipeline, folder):
+    pipeline.pipe.unet.to(torch.bfloat16)
+    with pytest.raises(UsageError, match=r"the base is loaded in torch.bfloat16; training needs float32"):
+        learn(folder, pipeline, small("lora"))
 
 
 def test_other_families_are_refused(pipeline, folder):

@@ -81,7 +81,8 @@ def train(
     prior = None
     if recipe.prior_weight:
         class_shots = class_shots or _class_shots(base, words, recipe.prior_pictures, work_folder, tell)
-        prior = Examples(base, class_shots, templates=["a photo of a {}"], call=words.class_word or "", flip=recipe.flip)
+        template = "a photo of a {}" if words.class_word else "a picture"
+        prior = Examples(base, class_shots, templates=[template], call=words.class_word or "", flip=recipe.flip)
     own = Examples(base, shots, templates=prompts, call=words.call, flip=recipe.flip)
 
     def sample(step: int) -> None:
@@ -134,6 +135,8 @@ def _checked(
 ) -> tuple[Words, list[Shot], list[Shot]]:
     """The words and the pictures, or one UsageError with everything that is wrong."""
     problems, words = [], None
+    if base.dtype != torch.float32:
+        problems.append(f"the base is loaded in {base.dtype}; training needs float32 (bf16=true computes in bfloat16 all the same)")
     try:
         words = recipe.words(trigger, class_word)
     except UsageError as error:
