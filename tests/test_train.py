@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import warnings
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
 import numpy as np
@@ -171,7 +172,8 @@ def test_an_edlora_file_has_the_released_layout(pipeline, folder, tmp_path):
 
 def test_plain_and_layerwise_adapters_merge_together(pipeline, folder):
     names = {"lora": "ada", "edlora": "ben", "custom-diffusion": "cai", "pplus": "dee"}
-    adapters = [learn(folder, pipeline, small(name, steps=2), trigger=trigger) for name, trigger in names.items()]
+    extra = {"custom-diffusion": {"rank": 0}}  # whole matrices
+    adapters = [learn(folder, pipeline, small(name, steps=2, **extra.get(name, {})), trigger=trigger) for name, trigger in names.items()]
     quick = Collection(fit=("a {}",), held_out=("the {}",), preserve=("a m",), steps=2)
     merged = merge(adapters, base=pipeline, collection=quick).adapter
     assert set(merged.layers) == set(adapters[0].layers)
@@ -492,6 +494,7 @@ def test_a_training_that_diverges_stops(pipeline, folder):
         ("lora", {"class_pictures": "absent"}, "there is no folder absent.*prior_weight 0; set it to 1"),
         ("lora", {"templates": ["a photo"]}, "the template 'a photo' has no {}"),
         ("lora", {"work": "/no/such/folder/w"}, "there is no folder /no/such/folder for w"),
+        ("lora", {"beside": [Adapter({})]}, "adapters beside it are for the recipe 'orthogonal'"),
         ("lora", {"checkpoint_every": 0}, "checkpoint_every 0 is not a number of steps"),
     ],
 )
@@ -564,6 +567,15 @@ def test_a_base_in_half_precision_is_refused(pipeline, folder):
     pipeline.pipe.unet.to(torch.bfloat16)
     with pytest.raises(UsageError, match=r"the base is loaded in torch.bfloat16; training needs float32"):
         learn(folder, pipeline, small("lora"))
+
+
+def test_a_missing_package_is_named_first(pipeline, monkeypatch):
+    def absent(package: str) -> str:
+        raise PackageNotFoundError(package)
+
+    monkeypatch.setattr("loraclr.train.run.version", absent)
+    with pytest.raises(UsageError, match=r"training needs torch, which is not installed; pip install 'loraclr\[train\]'"):
+        learn(Path("nowhere"), pipeline, small("lora"))
 
 
 def test_other_families_are_refused(pipeline, folder):

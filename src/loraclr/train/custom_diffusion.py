@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Annotated, ClassVar
 
 import torch
@@ -30,10 +32,12 @@ class CustomDiffusion(Recipe):
     name: ClassVar[str] = "custom-diffusion"
     summary: ClassVar[str] = "cross-attention keys and values, and a modifier word"
     reference: ClassVar[str] = "Custom Diffusion, arXiv 2212.04488"
-    presets = {  # noqa: RUF012
-        "faces": {"lr": 2e-5, "token_lr": 2e-5, "steps": 750},
-        "toybox": {**TOYBOX, "lr": 5e-4, "token_lr": 5e-3, "spread": None, "prior_pictures": 32, "batch": 6, "rank": 8},
-    }
+    presets: ClassVar[Mapping[str, Mapping[str, object]]] = MappingProxyType(
+        {
+            "faces": {"lr": 2e-5, "token_lr": 2e-5, "steps": 750},
+            "toybox": {**TOYBOX, "lr": 5e-4, "token_lr": 5e-3, "spread": None, "prior_pictures": 32, "batch": 6, "rank": 8},
+        }
+    )
 
     steps: Steps = 250
     batch: Batch = 4

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Annotated, ClassVar
 
 from loraclr.methods.options import Option
@@ -35,13 +36,13 @@ class EdLora(Recipe):
     The words carry what the base can say about the concept, the LoRA what it cannot. Mix-of-Show (arXiv 2305.18292) with the numbers of
     its released trainer: there a concept of n pictures takes n * 125 steps of 4 pictures. The first word starts at random, the second
     at the class word. Where pictures have masks, only what is inside them counts, and words that look outside are penalised. The
-    scale of its files is alpha, not alpha / rank: `alpha=rank` is its alpha 1.
+    released trainer's scale is alpha, not alpha / rank: its alpha 1 is `alpha=rank` here.
     """
 
     name: ClassVar[str] = "edlora"
     summary: ClassVar[str] = "ED-LoRA (Mix-of-Show): two layer-wise words and a LoRA"
     reference: ClassVar[str] = "Mix-of-Show, arXiv 2305.18292"
-    presets = {"toybox": {**TOYBOX, **TOYBOX_TOKENS}}  # noqa: RUF012
+    presets: ClassVar[Mapping[str, Mapping[str, object]]] = MappingProxyType({"toybox": {**TOYBOX, **TOYBOX_TOKENS}})
     templates: ClassVar[tuple[str, ...]] = PERSON
 
     hold: Hold = 0.0

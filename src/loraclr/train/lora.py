@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Annotated, ClassVar
 
 from loraclr.methods.options import Option
@@ -32,7 +34,9 @@ class Lora(Recipe):
     name: ClassVar[str] = "lora"
     summary: ClassVar[str] = "DreamBooth-LoRA: a rare word calls the concept"
     reference: ClassVar[str] = "DreamBooth, arXiv 2208.12242; LoRA, arXiv 2106.09685"
-    presets = {"toybox": {**TOYBOX, "rank": 8, "alpha": 8.0, "text_rank": 4, "lr": 1.2e-3, "text_lr": 3e-4}}  # noqa: RUF012
+    presets: ClassVar[Mapping[str, Mapping[str, object]]] = MappingProxyType(
+        {"toybox": {**TOYBOX, "rank": 8, "alpha": 8.0, "text_rank": 4, "lr": 1.2e-3, "text_lr": 3e-4}}
+    )
     templates: ClassVar[tuple[str, ...]] = PERSON
 
     rank: Rank = 4

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
+from types import MappingProxyType
 from typing import Annotated, ClassVar, Literal
 
 import torch
@@ -40,7 +41,9 @@ class Orthogonal(EdLora):
     name: ClassVar[str] = "orthogonal"
     summary: ClassVar[str] = "Orthogonal Adaptation: ED-LoRA with frozen downs, disjoint by concept index"
     reference: ClassVar[str] = "Orthogonal Adaptation, arXiv 2312.02432"
-    presets = {"toybox": {**TOYBOX, **TOYBOX_TOKENS, "rank": 4, "alpha": 4.0, "text_rank": 4, "text_alpha": 4.0, "lr": 3e-3}}  # noqa: RUF012
+    presets: ClassVar[Mapping[str, Mapping[str, object]]] = MappingProxyType(
+        {"toybox": {**TOYBOX, **TOYBOX_TOKENS, "rank": 4, "alpha": 4.0, "text_rank": 4, "text_alpha": 4.0, "lr": 3e-3}}
+    )
 
     rank: Rank = 32
     alpha: Alpha = 32.0

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import ClassVar
 
 from loraclr.train.edlora import TokenLr
@@ -17,7 +19,7 @@ class PPlus(TextualInversion):
     name: ClassVar[str] = "pplus"
     summary: ClassVar[str] = "one new word with an embedding per cross-attention layer"
     reference: ClassVar[str] = "P+, arXiv 2303.09522"
-    presets = {"toybox": {**TOYBOX, "token_lr": 5e-3}}  # noqa: RUF012
+    presets: ClassVar[Mapping[str, Mapping[str, object]]] = MappingProxyType({"toybox": {**TOYBOX, "token_lr": 5e-3}})
     layerwise: ClassVar[bool] = True
 
     steps: Steps = 500

@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
@@ -57,9 +57,10 @@ def train(
     """
     recipe = make_recipe(recipe) if isinstance(recipe, str) else recipe
     tell = progress or (lambda what, share: None)
+    versions = _versions()
     base.check_plain()
     folder, class_folder = Path(pictures), None if class_pictures is None else Path(class_pictures)
-    words, shots, class_shots = _checked(folder, class_folder, base, recipe, trigger, class_word, templates, work, checkpoint_every)
+    words, shots, class_shots = _checked(folder, class_folder, base, recipe, trigger, class_word, templates, beside, work, checkpoint_every)
     settings: dict[str, object] = {
         "recipe": recipe.name,
         "parameters": asdict(recipe),
@@ -94,7 +95,7 @@ def train(
     watch = recipe.watches and own.masks is not None
     with Student(base, generator=generator, bf16=recipe.bf16, watch=watch) as student:
         recipe.attach(student, words)
-        if isinstance(recipe, Orthogonal) and beside:
+        if beside:
             warn_of_shared_rows(Adapter.of(student.layers(), name or trigger), beside)
         losses = loop.run(
             student,
@@ -111,7 +112,7 @@ def train(
         layers, notes = recipe.layers(student)
         tokens = student.embeddings()
     kept = {key: value for key, value in settings.items() if key != "templates"}
-    about = kept | {"base": base.source, "count": len(shots), "loss": loop.recent(losses), **notes, "versions": _versions()}
+    about = kept | {"base": base.source, "count": len(shots), "loss": loop.recent(losses), **notes, "versions": versions}
     return Adapter(
         {layer.name: layer for layer in layers},
         name=name or trigger.strip("<>"),
@@ -130,6 +131,7 @@ def _checked(
     trigger: str,
     class_word: str | None,
     templates: Sequence[str],
+    beside: Sequence[Adapter],
     work: str | Path | None,
     checkpoint_every: int,
 ) -> tuple[Words, list[Shot], list[Shot]]:
@@ -158,6 +160,8 @@ def _checked(
     problems += [
         f"the template {template!r} has no {{}}; write {{}} where the call is to stand" for template in templates if "{}" not in template
     ]
+    if beside and not isinstance(recipe, Orthogonal):
+        problems.append(f"adapters beside it are for the recipe 'orthogonal'; leave them out with {recipe.name!r}")
     if work is not None and not Path(work).absolute().parent.is_dir():
         problems.append(f"there is no folder {Path(work).absolute().parent} for {Path(work).name}; make it first")
     if checkpoint_every < 1:
@@ -193,4 +197,7 @@ def _mark(base: Pipeline) -> str:
 
 
 def _versions() -> dict[str, str]:
-    return {"loraclr": __version__} | {package: version(package) for package in ("torch", "diffusers", "transformers", "peft")}
+    try:
+        return {"loraclr": __version__} | {package: version(package) for package in ("torch", "diffusers", "transformers", "peft")}
+    except PackageNotFoundError as error:
+        raise UsageError(f"training needs {error.name}, which is not installed; pip install 'loraclr[train]'") from error

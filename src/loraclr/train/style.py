@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import ClassVar
 
 from loraclr.train.lora import Lora
@@ -19,7 +21,9 @@ class Style(Lora):
 
     name: ClassVar[str] = "style"
     summary: ClassVar[str] = "a LoRA on a style's pictures, called TRIGGER style"
-    presets = {"toybox": {**TOYBOX, "rank": 8, "alpha": 8.0, "text_rank": 4, "lr": 1.2e-3, "text_lr": 3e-4}}  # noqa: RUF012
+    presets: ClassVar[Mapping[str, Mapping[str, object]]] = MappingProxyType(
+        {"toybox": {**TOYBOX, "rank": 8, "alpha": 8.0, "text_rank": 4, "lr": 1.2e-3, "text_lr": 3e-4}}
+    )
     templates: ClassVar[tuple[str, ...]] = STYLE
 
     def words(self, trigger: str, class_word: str | None) -> Words:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import TYPE_CHECKING, ClassVar
 
 from loraclr.train.edlora import TokenLr
@@ -24,7 +26,7 @@ class TextualInversion(Recipe):
     name: ClassVar[str] = "textual-inversion"
     summary: ClassVar[str] = "one new word, all weights as they were"
     reference: ClassVar[str] = "Textual Inversion, arXiv 2208.01618"
-    presets = {"toybox": {**TOYBOX, "token_lr": 5e-3}}  # noqa: RUF012
+    presets: ClassVar[Mapping[str, Mapping[str, object]]] = MappingProxyType({"toybox": {**TOYBOX, "token_lr": 5e-3}})
     only_tokens: ClassVar[bool] = True
     layerwise: ClassVar[bool] = False
 
