@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import warnings
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
@@ -573,7 +574,7 @@ def test_a_missing_package_is_named_first(pipeline, monkeypatch):
     def absent(package: str) -> str:
         raise PackageNotFoundError(package)
 
-    monkeypatch.setattr("loraclr.train.run.version", absent)
+    monkeypatch.setattr(import_module("loraclr.train.run"), "version", absent)  # the package's attribute is the verb
     with pytest.raises(UsageError, match=r"training needs torch, which is not installed; pip install 'loraclr\[train\]'"):
         learn(Path("nowhere"), pipeline, small("lora"))
 
