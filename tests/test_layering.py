@@ -24,7 +24,7 @@ ORDER = (
     ("collect",),
     ("predictions",),
     ("merge",),
-    ("generate",),
+    ("generate", "train"),
     ("evaluate",),
     ("toybox", "web"),
     ("judges",),
@@ -100,7 +100,7 @@ def test_importing_the_package_imports_nothing_heavy():
 
 
 def test_help_does_not_import_torch():
-    for words in (["--help"], ["merge", "--help"], ["generate", "--help"], ["evaluate", "--help"], ["--version"]):
+    for words in (["--help"], ["merge", "--help"], ["generate", "--help"], ["evaluate", "--help"], ["train", "--help"], ["--version"]):
         assert not modules_after(f"from loraclr.cli import main\nassert main({words}) == 0") & {
             "torch",
             "numpy",
@@ -128,7 +128,18 @@ def test_type_checkers_see_the_same_public_names():
     assert seen == loraclr._HOMES
 
 
-@pytest.mark.parametrize("first", ["import loraclr.collect", "from loraclr.generate import Region", "from loraclr import merge", "pass"])
+@pytest.mark.parametrize(
+    "first",
+    [
+        "import loraclr.collect",
+        "from loraclr.generate import Region",
+        "from loraclr import merge",
+        "from loraclr.train import Recipe",
+        "pass",
+    ],
+)
 def test_a_verb_is_its_function_whichever_import_came_first(first):
-    check = "import loraclr\nfor verb in ('collect', 'merge', 'generate', 'evaluate'): assert callable(getattr(loraclr, verb)), verb"
+    check = (
+        "import loraclr\nfor verb in ('collect', 'merge', 'generate', 'evaluate', 'train'): assert callable(getattr(loraclr, verb)), verb"
+    )
     modules_after(f"{first}\n{check}\nfrom loraclr.merge import MergeResult\nfrom loraclr import methods\nassert methods.METHODS")

@@ -17,7 +17,7 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from loraclr.adapter import Adapter, DenseLayer, LoraLayer
     from loraclr.collect import Collection, Concept, collect
-    from loraclr.errors import FormatError, LoraclrError, MergeError, NumericalError, PipelineError, UsageError
+    from loraclr.errors import FormatError, LoraclrError, MergeError, NumericalError, PipelineError, TrainError, UsageError
     from loraclr.evaluate import Evaluation, Subject, Variant, evaluate
     from loraclr.formats import describe, load_adapter, save_adapter
     from loraclr.generate import Generated, Region, generate, parse_region
@@ -27,9 +27,11 @@ if TYPE_CHECKING:
     from loraclr.pipeline import Pipeline
     from loraclr.statistics import LayerStats, load_statistics, save_statistics
     from loraclr.toybox import Toybox, open_toybox
+    from loraclr.train import RECIPES, Recipe, make_recipe, shared_rows, train
 
 __all__ = [
     "METHODS",
+    "RECIPES",
     "Adapter",
     "Collection",
     "Concept",
@@ -50,9 +52,11 @@ __all__ = [
     "NumericalError",
     "Pipeline",
     "PipelineError",
+    "Recipe",
     "Region",
     "Subject",
     "Toybox",
+    "TrainError",
     "UsageError",
     "Variant",
     "__version__",
@@ -63,12 +67,15 @@ __all__ = [
     "load_adapter",
     "load_statistics",
     "make_method",
+    "make_recipe",
     "merge",
     "open_judge",
     "open_toybox",
     "parse_region",
     "save_adapter",
     "save_statistics",
+    "shared_rows",
+    "train",
 ]
 
 # Public name -> the module it lives in, imported at first use (PEP 562).
@@ -77,7 +84,7 @@ _HOMES = {
     for module, names in {
         "adapter": ("Adapter", "DenseLayer", "LoraLayer"),
         "collect": ("Collection", "Concept", "collect"),
-        "errors": ("FormatError", "LoraclrError", "MergeError", "NumericalError", "PipelineError", "UsageError"),
+        "errors": ("FormatError", "LoraclrError", "MergeError", "NumericalError", "PipelineError", "TrainError", "UsageError"),
         "evaluate": ("Evaluation", "Subject", "Variant", "evaluate"),
         "formats": ("describe", "load_adapter", "save_adapter"),
         "generate": ("Generated", "Region", "generate", "parse_region"),
@@ -87,6 +94,7 @@ _HOMES = {
         "pipeline": ("Pipeline",),
         "statistics": ("LayerStats", "load_statistics", "save_statistics"),
         "toybox": ("Toybox", "open_toybox"),
+        "train": ("RECIPES", "Recipe", "make_recipe", "shared_rows", "train"),
     }.items()
     for name in names
 }

@@ -212,6 +212,29 @@ class Vocabulary:
         return None
 
 
+def text_states(
+    encoder: Any, vocabulary: Vocabulary, prompts: Sequence[str], *, layers: int, length: int, pad: bool = True, layered: bool = False
+) -> Tensor:
+    """(B, T, dim) states, or (B, L, T, dim) when some prompt holds a layer-wise token (the others are repeated along L).
+
+    Differentiable. `pad` fills up to `length` tokens, otherwise to the longest prompt; what is longer is cut. `layered` encodes every
+    prompt L times.
+    """
+    padding = "max_length" if pad else "longest"
+    text = vocabulary.tokenizer(list(prompts), truncation=True, return_tensors="pt", padding=padding, max_length=length)
+    bound = [vocabulary.bind(ids, layers=layers) for ids in text.input_ids]
+    if layered:
+        bound = [ids.expand(layers, -1) for ids in bound]
+    mask = None
+    if getattr(encoder.config, "use_attention_mask", False):
+        mask = torch.cat([row.expand(len(ids), -1) for row, ids in zip(text.attention_mask, bound, strict=True)]).to(encoder.device)
+    states: Tensor = encoder(torch.cat(bound).to(encoder.device), attention_mask=mask).last_hidden_state
+    parts = torch.split_with_sizes(states, [len(ids) for ids in bound])
+    if any(len(part) > 1 for part in parts):
+        states = torch.stack([part.expand(layers, -1, -1) for part in parts])
+    return states
+
+
 def _ids(tokenizer: Any, text: str) -> list[int]:
     return list(tokenizer(text, add_special_tokens=False).input_ids)
 

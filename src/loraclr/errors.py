@@ -19,6 +19,10 @@ class NumericalError(MergeError):
     """A solve failed: NaN, not positive definite, or rank lost."""
 
 
+class TrainError(LoraclrError):
+    """A training cannot go on: it diverged, or its work folder is another training's."""
+
+
 class PipelineError(LoraclrError):
     """The base pipeline cannot be loaded, or does not have what was asked of it."""
 

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from loraclr.adapter import Adapter, Layer
-from loraclr.conditioning import Region, RegionStates, Vocabulary, conditioned
+from loraclr.conditioning import Region, RegionStates, Vocabulary, conditioned, text_states
 from loraclr.errors import PipelineError, UsageError
 from loraclr.loading import load_pipe, silenced
 
@@ -113,6 +113,16 @@ class Pipeline:
         return tuple(self._tokens)
 
     @property
+    def pipe(self) -> Any:
+        """The wrapped diffusers pipeline itself. Training needs it; whoever changes it gives it back as it was."""
+        return self._pipe
+
+    @property
+    def vocabulary(self) -> Vocabulary:
+        """The tokenizer and embedding table that prompts go through now."""
+        return Vocabulary(self._pipe.tokenizer, self._encoder.get_input_embeddings(), self._layer_rows)
+
+    @property
     def scheduler_name(self) -> str:
         return type(self._pipe.scheduler).__name__
 
@@ -174,7 +184,7 @@ class Pipeline:
             return
         encoder, tokenizer, kept_tokens, kept_rows = self._encoder, self._pipe.tokenizer, self._tokens, self._layer_rows
         embedding = encoder.get_input_embeddings()
-        extended = Vocabulary(tokenizer, embedding, kept_rows).extended(tokens, layers=len(self.cross_attention_layers))
+        extended = self.vocabulary.extended(tokens, layers=len(self.cross_attention_layers))
         try:
             self._pipe.tokenizer, self._layer_rows = extended.tokenizer, extended.layer_rows
             self._tokens = {**kept_tokens, **tokens}
@@ -228,28 +238,17 @@ class Pipeline:
         """
         if isinstance(prompts, str) or not prompts:
             raise UsageError("encode needs a list of at least one prompt; put a single prompt in a list")
-        self._plain()
-        tokenizer, encoder, length = self._pipe.tokenizer, self._encoder, self._text_length
+        self.check_plain()
+        encoder, length = self._encoder, self.text_length
         counts = set()
         for prompt in prompts:  # no comprehension: it would be a frame between the warning and our caller
             counts.add(self._warn_if_cut(prompt, length))
         if not pad and len(counts) > 1:
             raise UsageError(f"prompts of {sorted(counts)} tokens cannot be stacked unpadded; encode them one at a time")
-        padding = {"padding": "max_length", "max_length": length} if pad else {"padding": False, "max_length": length}
-        text = tokenizer(list(prompts), truncation=True, return_tensors="pt", **padding)
-        layers = len(self.cross_attention_layers)
-        vocabulary = Vocabulary(tokenizer, encoder.get_input_embeddings(), self._layer_rows)
-        bound = [vocabulary.bind(ids, layers=layers) for ids in text.input_ids]
-        if layered:
-            bound = [ids.expand(layers, -1) for ids in bound]
         with torch.inference_mode():
-            mask = None
-            if getattr(encoder.config, "use_attention_mask", False):
-                mask = torch.cat([row.expand(len(ids), -1) for row, ids in zip(text.attention_mask, bound, strict=True)]).to(self.device)
-            states: Tensor = encoder(torch.cat(bound).to(self.device), attention_mask=mask).last_hidden_state
-            parts = torch.split_with_sizes(states, [len(ids) for ids in bound])
-            if any(len(part) > 1 for part in parts):
-                states = torch.stack([part.expand(layers, -1, -1) for part in parts])
+            states = text_states(
+                encoder, self.vocabulary, prompts, layers=len(self.cross_attention_layers), length=length, pad=pad, layered=layered
+            )
         return _usable(states)
 
     def denoise(
@@ -271,7 +270,7 @@ class Pipeline:
         feature collection wants); above 1 `negative`, of one picture or of B, is the unconditional half and regions have
         two halves. `callback(step, total)` follows every step. Raises UsageError for settings that do not fit.
         """
-        self._plain()
+        self.check_plain()
         height, width = self.check_settings(seeds=seeds, steps=steps, guidance=guidance, size=size, scheduler=scheduler)
         batch, layers, halves = len(conditioning), len(self.cross_attention_layers), 1 + (guidance > 1)
         if len(seeds) != batch:
@@ -388,7 +387,8 @@ class Pipeline:
         return self._pipe.text_encoder
 
     @property
-    def _text_length(self) -> int:
+    def text_length(self) -> int:
+        """The most tokens a prompt may have, with its begin and end marks."""
         # Some tokenizers state no length of their own, which transformers turns into 10**30.
         return min(int(self._pipe.tokenizer.model_max_length), int(self._encoder.config.max_position_embeddings))
 
@@ -405,7 +405,8 @@ class Pipeline:
         with silenced():
             return kind.from_config(config)
 
-    def _plain(self) -> None:
+    def check_plain(self) -> None:
+        """Raises PipelineError for a pipeline whose prompts and sampling are more than one text encoder and a UNet (SDXL, inpainting)."""
         others = sorted(set(self._components) - {"unet", "text_encoder"})
         channels = self._unet.config.in_channels
         if others or self._unet.config.addition_embed_type is not None or channels != self._pipe.vae.config.latent_channels:

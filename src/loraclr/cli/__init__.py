@@ -11,7 +11,7 @@ from typing import Annotated, TextIO
 import typer
 
 from loraclr import __version__
-from loraclr.cli import convert, evaluate, generate, inspect, merge, methods, show, study, toybox
+from loraclr.cli import convert, evaluate, generate, inspect, merge, methods, show, study, toybox, train
 from loraclr.errors import LoraclrError
 
 __all__ = ["app", "main"]
@@ -29,9 +29,11 @@ app = typer.Typer(
 app.command("inspect")(inspect.inspect)
 app.command("merge")(merge.merge)
 app.command("convert")(convert.convert)
+app.command("train")(train.train)
 app.command("generate")(generate.generate)
 app.command("evaluate")(evaluate.evaluate)
 app.command("methods")(methods.methods)
+app.command("recipes")(train.recipes)
 app.command("demo")(toybox.demo)
 app.add_typer(toybox.app, name="toybox")
 app.add_typer(study.app, name="study")

@@ -29,7 +29,8 @@ def methods(
         make_method(name)  # says what is wrong with the name or its preset
     chosen: list[Any] = [find_method(name.partition(":")[0])] if name else list(METHODS.values())
     if json:
-        show.as_json([_record(method) for method in chosen])
+        more = [{"aliases": list(method.aliases), "when": method.when, "needs": sorted(method().needs)} for method in chosen]
+        show.as_json([record(method) | extra for method, extra in zip(chosen, more, strict=True)])
         return
     if name is None:
         overview = show.table("method", "what it does", "needs a base", "presets")
@@ -37,18 +38,21 @@ def methods(
             overview.add_row(method.name, method.summary, "yes" if describe.needs_base(method) else "no", " ".join(_presets(method)))
         show.out.print(overview)
     for method in chosen:
-        _show(method, described=name is not None)
+        asks = f"When: {method.when}.\nInputs: {describe.inputs(method)}.\n"
+        present(method, described=name is not None, asks=asks)
 
 
-def _show(method: Any, *, described: bool) -> None:
+def present(method: Any, *, described: bool, asks: str = "") -> None:
+    """A method, or a recipe: name, reference, with `described` what it `asks` for and is, and its hyper-parameters."""
     from loraclr.methods import describe, parameters
 
     if not described:
         show.out.print()
-    names = method.name + (f", also {', '.join(method.aliases)}" if method.aliases else "")
-    show.out.print(f"{names}  ({method.reference})", style="bold", markup=False)
+    names = (method.name, *getattr(method, "aliases", ()))
+    show.out.print(f"{', also '.join(names)}  ({method.reference})", style="bold", markup=False)
     if described:
-        show.out.print(f"When: {method.when}.\nInputs: {describe.inputs(method)}.\n", markup=False)
+        if asks:
+            show.out.print(asks, markup=False)
         show.out.print("\n".join(line.strip() for line in (method.__doc__ or "").strip().splitlines()), markup=False)
     table = show.table("  parameter", "default", "meaning")
     for row in parameters(method):
@@ -60,16 +64,14 @@ def _show(method: Any, *, described: bool) -> None:
     show.out.print(table if table.row_count else "  no parameters")
 
 
-def _record(method: Any) -> dict[str, object]:
+def record(method: Any) -> dict[str, object]:
+    """The same for JSON."""
     from loraclr.methods import parameters
 
     return {
         "name": method.name,
-        "aliases": list(method.aliases),
         "summary": method.summary,
-        "when": method.when,
         "reference": method.reference,
-        "needs": sorted(method().needs),
         "presets": _presets(method),
         "parameters": [{key: value for key, value in row._asdict().items() if key != "type"} for row in parameters(method)],
     }

@@ -1,0 +1,203 @@
+"""VERB. Pictures of one concept -> an adapter. Checks everything first, then attaches, trains and takes the result off again."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+
+from loraclr import __version__
+from loraclr.adapter import Adapter
+from loraclr.errors import UsageError
+from loraclr.pipeline import Pipeline
+from loraclr.train import loop
+from loraclr.train.data import Examples, Shot, digest, read_folder
+from loraclr.train.orthogonal import Orthogonal, warn_of_shared_rows
+from loraclr.train.recipe import Recipe, Words
+from loraclr.train.recipes import make_recipe
+from loraclr.train.student import Student, keys_and_values
+from loraclr.train.work import WorkFolder
+
+SAMPLES = 4  # pictures per sample sheet, seeds 0 to 3
+_FAMILIES = {768: "sd1", 1024: "sd2"}  # by the width of the text the UNet takes
+
+
+def train(
+    pictures: str | Path,
+    *,
+    base: Pipeline,
+    recipe: Recipe | str,
+    trigger: str,
+    class_word: str | None = None,
+    class_pictures: str | Path | None = None,
+    templates: Sequence[str] = (),
+    beside: Sequence[Adapter] = (),
+    name: str | None = None,
+    seed: int = 0,
+    work: str | Path | None = None,
+    restart: bool = False,
+    checkpoint_every: int = 50,
+    sample_every: int | None = None,
+    progress: Callable[[str, float], None] | None = None,
+) -> Adapter:
+    """Train an adapter on a folder of pictures, with captions `NAME.txt` and masks `masks/NAME.png` if they are there.
+
+    `templates` are prompts for pictures without a caption, `{}` where the concept's call goes. `class_pictures` is a folder for prior
+    preservation; without it the base draws them. `beside` are adapters that an orthogonal one will be summed with. In the folder
+    `work` checkpoints, loss curve and sample pictures appear, and an unfinished training in it goes on, unless `restart`; on a CPU
+    the result is that of an unbroken run to the last bit. `sample_every` steps a sheet of samples is drawn (default: four times in
+    all; 0: none). `base` is given back as it was.
+
+    Raises UsageError with everything that is wrong before any work, and TrainError if the training diverges or `work` is another's.
+    """
+    recipe = make_recipe(recipe) if isinstance(recipe, str) else recipe
+    tell = progress or (lambda what, share: None)
+    versions = _versions()
+    base.check_plain()
+    folder, class_folder = Path(pictures), None if class_pictures is None else Path(class_pictures)
+    words, shots, class_shots = _checked(folder, class_folder, base, recipe, trigger, class_word, templates, beside, work, checkpoint_every)
+    settings: dict[str, object] = {
+        "recipe": recipe.name,
+        "parameters": asdict(recipe),
+        "seed": seed,
+        "call": words.call,
+        "class": words.class_word,
+        "pictures": digest(folder),
+        "class pictures": None if class_folder is None else digest(class_folder),
+        "templates": list(templates or recipe.templates),
+        "base": _mark(base),
+    }
+    work_folder = None if work is None else WorkFolder(Path(work))
+    if work_folder and restart:
+        work_folder.forget()
+    if work_folder:
+        work_folder.resume(settings)  # another training's folder is an error before any work
+    generator = torch.Generator().manual_seed(seed)
+    prompts = templates or recipe.templates
+    prior = None
+    if recipe.prior_weight:
+        class_shots = class_shots or _class_shots(base, words, recipe.prior_pictures, work_folder, tell)
+        template = "a photo of a {}" if words.class_word else "a picture"
+        prior = Examples(base, class_shots, templates=[template], call=words.class_word or "", flip=recipe.flip)
+    own = Examples(base, shots, templates=prompts, call=words.call, flip=recipe.flip)
+
+    def sample(step: int) -> None:
+        if work_folder:
+            prompt = prompts[0].replace("{}", words.call)
+            work_folder.samples(step, base.sample([prompt] * SAMPLES, seeds=range(SAMPLES)))
+
+    every = 0 if work is None else max(1, recipe.steps // 4) if sample_every is None else sample_every
+    watch = recipe.watches and own.masks is not None
+    with Student(base, generator=generator, bf16=recipe.bf16, watch=watch) as student:
+        recipe.attach(student, words)
+        if beside:
+            warn_of_shared_rows(Adapter.of(student.layers(), name or trigger), beside)
+        losses = loop.run(
+            student,
+            recipe,
+            own,
+            prior,
+            settings=settings,
+            work=work_folder,
+            checkpoint_every=checkpoint_every,
+            sample=sample,
+            sample_every=every,
+            progress=tell,
+        )
+        layers, notes = recipe.layers(student)
+        tokens = student.embeddings()
+    kept = {key: value for key, value in settings.items() if key != "templates"}
+    about = kept | {"base": base.source, "count": len(shots), "loss": loop.recent(losses), **notes, "versions": versions}
+    return Adapter(
+        {layer.name: layer for layer in layers},
+        name=name or trigger.strip("<>"),
+        tokens=tokens,
+        triggers=(words.call,),
+        family=_FAMILIES.get(int(base.pipe.unet.config.cross_attention_dim)),
+        metadata={"loraclr.training": json.dumps(about, sort_keys=True)},
+    )
+
+
+def _checked(
+    folder: Path,
+    class_folder: Path | None,
+    base: Pipeline,
+    recipe: Recipe,
+    trigger: str,
+    class_word: str | None,
+    templates: Sequence[str],
+    beside: Sequence[Adapter],
+    work: str | Path | None,
+    checkpoint_every: int,
+) -> tuple[Words, list[Shot], list[Shot]]:
+    """The words and the pictures, or one UsageError with everything that is wrong."""
+    problems, words = [], None
+    if base.dtype != torch.float32:
+        problems.append(f"the base is loaded in {base.dtype}; training needs float32 (bf16=true computes in bfloat16 all the same)")
+    try:
+        words = recipe.words(trigger, class_word)
+    except UsageError as error:
+        problems.append(str(error))
+    shots, found = read_folder(folder, call=words.call if words else None)
+    problems += found
+    if words:
+        problems += recipe.problems(base, words)
+    class_shots: list[Shot] = []
+    if class_folder is not None:
+        class_shots, found = read_folder(class_folder)
+        problems += found
+        if not recipe.prior_weight:
+            problems.append(
+                f"pictures of the class are given, but recipe {recipe.name!r} has prior_weight 0; set it to 1, or leave them out"
+            )
+    elif recipe.prior_weight and words and words.class_word is None:
+        problems.append("prior_weight is set, but there is no class; give a folder of class pictures, or set prior_weight to 0")
+    problems += [
+        f"the template {template!r} has no {{}}; write {{}} where the call is to stand" for template in templates if "{}" not in template
+    ]
+    if beside and not isinstance(recipe, Orthogonal):
+        problems.append(f"adapters beside it are for the recipe 'orthogonal'; leave them out with {recipe.name!r}")
+    if work is not None and not Path(work).absolute().parent.is_dir():
+        problems.append(f"there is no folder {Path(work).absolute().parent} for {Path(work).name}; make it first")
+    if checkpoint_every < 1:
+        problems.append(f"checkpoint_every {checkpoint_every} is not a number of steps; give 1 or more")
+    if problems or words is None:
+        raise UsageError("; ".join(problems))
+    return words, shots, class_shots
+
+
+def _class_shots(base: Pipeline, words: Words, count: int, work: WorkFolder | None, tell: Callable[[str, float], None]) -> list[Shot]:
+    """Pictures of the class as the base draws them, seed by seed; those already in the work folder are taken from there."""
+    from PIL import Image
+
+    shots = []
+    for seed in range(count):
+        path = None if work is None else work.path / "class" / f"{seed:04d}.png"
+        if path is not None and path.exists():
+            with Image.open(path) as file:
+                image = file.convert("RGB")
+        else:
+            (image,) = base.sample([f"a photo of a {words.class_word}"], seeds=[seed])
+            if work is not None and path is not None:
+                work.picture(path, image)
+        shots.append(Shot(image))
+        tell("class pictures", (seed + 1) / count)
+    return shots
+
+
+def _mark(base: Pipeline) -> str:
+    """Tells one base from another, also when a folder's content was replaced."""
+    names = keys_and_values(base)[:2]
+    return hashlib.sha256(b"".join(base.base_weight(name).float().cpu().numpy().tobytes() for name in names)).hexdigest()[:16]
+
+
+def _versions() -> dict[str, str]:
+    try:
+        return {"loraclr": __version__} | {package: version(package) for package in ("torch", "diffusers", "transformers", "peft")}
+    except PackageNotFoundError as error:
+        raise UsageError(f"training needs {error.name}, which is not installed; pip install 'loraclr[train]'") from error
