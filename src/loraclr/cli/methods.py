@@ -48,8 +48,8 @@ def present(method: Any, *, described: bool, asks: str = "") -> None:
 
     if not described:
         show.out.print()
-    names = (method.name, *getattr(method, "aliases", ()))
-    show.out.print(f"{', also '.join(names)}  ({method.reference})", style="bold", markup=False)
+    others = ", ".join(getattr(method, "aliases", ()))
+    show.out.print(f"{method.name}{', also ' if others else ''}{others}  ({method.reference})", style="bold", markup=False)
     if described:
         if asks:
             show.out.print(asks, markup=False)
