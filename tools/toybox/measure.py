@@ -87,8 +87,14 @@ def concept_scores(
     return score(images, who, told, judge=judge, candidates=candidates)
 
 
-def row(scores: Scores) -> dict[str, object]:
-    low, high = interval(scores.identity)
+def factors(count: int, concepts: int) -> list[list[int]]:
+    """Which concept and which prompt each of `count` pictures of `concept_scores` is of: both are drawn anew in its intervals."""
+    each = count // concepts
+    return [[k // each for k in range(count)], [k % each % len(SCORE_TEMPLATES) for k in range(count)]]
+
+
+def row(scores: Scores, concepts: int) -> dict[str, object]:
+    low, high = interval(scores.identity, factors=factors(len(scores.identity), concepts))
     return {key: round(value, 3) for key, value in scores.means().items()} | {"identity_interval": [round(low, 3), round(high, 3)]}
 
 
@@ -125,7 +131,7 @@ def main() -> None:
             ("wrong adapter, own trigger", plain, shifted),
         ):
             scores = concept_scores(pipeline, judge, kind_calls, people, kind_adapters)
-            report[label] = row(scores)
+            report[label] = row(scores, len(names))
             print(label, json.dumps(report[label]), flush=True)
             if label == "single adapter":
                 each = scores.identity.view(len(names), -1).mean(1)

@@ -3,6 +3,7 @@
 Every row merges the twelve development adapters from their files with other settings, samples the scoring prompts (which share no
 template with the merge's) and prints identity, right person of 12 and prompt agreement. `only STAGE` rows take the default's merge for
 one stage and each concept's own adapter for the others: what that stage alone costs. Finished rows are kept in OUT.json and skipped.
+`against_single` is the paired difference to each adapter alone; intervals draw concepts and prompts anew.
 """
 
 from __future__ import annotations
@@ -17,11 +18,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measure import concept_scores, row
+from measure import concept_scores, factors, row
 from world import identities
 
 from loraclr.adapter import Adapter
 from loraclr.collect import Collection
+from loraclr.evaluate import paired
 from loraclr.formats import load_adapter
 from loraclr.merge import merge
 from loraclr.pipeline import Pipeline
@@ -37,6 +39,7 @@ MORE_PRESERVE = (
     "a portrait of a man on a green background", "a smiling man wearing a pink shirt on a beach", "an angry woman in a field",
     "a photo of a cat", "a car in a city", "a photo of a woman wearing a white blazer",
 )  # fmt: skip
+CONCEPTS = 12
 STAGES = ("text", "keys", "spatial")
 
 
@@ -108,7 +111,15 @@ def run(base: Path, judge: Path, loras: Path, name: str, rounds: int) -> dict[st
         notes["merge_seconds"] = round(time.perf_counter() - began, 1)
         whole = setting.merged == STAGES
         used = {name: merged.adapter if whole else hybrid(merged.adapter, own, setting) for name, own in adapters.items()}
-    return {**row(concept_scores(pipeline, Judge.load(judge), calls, people, used, rounds=rounds)), **notes}
+    scores = concept_scores(pipeline, Judge.load(judge), calls, people, used, rounds=rounds)
+    return {**row(scores, len(calls)), **notes, "pictures": [round(value, 1) for value in scores.identity.tolist()]}
+
+
+def against(ours: Mapping[str, Any], single: Mapping[str, Any], concepts: int) -> list[float]:
+    """Mean paired difference of identity, and its 95 % interval."""
+    a, b = (torch.tensor(one["pictures"], dtype=torch.float64) for one in (ours, single))
+    found = paired(a, b, factors=factors(len(a), concepts))
+    return [round(value, 3) for value in (found.mean, found.low, found.high)]
 
 
 def main() -> None:
@@ -128,8 +139,12 @@ def main() -> None:
         for job in as_completed(jobs):
             done[jobs[job]] = job.result()
             ordered = {name: done[name] for name in settings() if name in done}
-            arguments.out.write_text(json.dumps(ordered, indent=1) + "\n")
-            print(f"{jobs[job]:45} {json.dumps(done[jobs[job]])}", flush=True)
+            for result in ordered.values() if "single" in done else ():
+                result["against_single"] = against(result, done["single"], CONCEPTS)
+            lines = ",\n".join(f" {json.dumps(name)}: {json.dumps(result)}" for name, result in ordered.items())
+            arguments.out.write_text(f"{{\n{lines}\n}}\n")
+            shown = {key: value for key, value in done[jobs[job]].items() if key != "pictures"}
+            print(f"{jobs[job]:45} {json.dumps(shown)}", flush=True)
 
 
 if __name__ == "__main__":
