@@ -201,7 +201,9 @@ def export(folder: Path, vae_folder: Path, out: Path) -> None:
         weights = torch.randn(len(triggers), len(known)) / (len(known) - 1) ** 0.5
         table[rows(triggers)] = known.mean(0) + weights @ (known - known.mean(0))
     text.config._attn_implementation = "sdpa"
-    pipe = assemble(tokenizer, text, unet, AutoencoderKL.from_pretrained(vae_folder), scheduler)
+    vae = AutoencoderKL.from_pretrained(vae_folder)
+    vae.register_to_config(_name_or_path="toybox")  # or the file would name a folder of this machine
+    pipe = assemble(tokenizer, text, unet, vae, scheduler)
     pipe.to(torch.float16).save_pretrained(out)
     print(f"step {state['step']}, {state['spent']:.0f} s of training -> {out}")
 
