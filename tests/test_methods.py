@@ -154,7 +154,7 @@ def test_ridge_prior_importance_and_preservation_are_a_stacked_least_squares(row
     xs = [x * s**0.5 for x, s in zip(features(problem), shares, strict=True)]
     assert math.isclose(mu, 0.1 * sum(float(x.square().sum()) for x in xs) / problem.width, rel_tol=1e-12)
     root = torch.linalg.cholesky(preserve.gram() + 1e-13 * torch.eye(problem.width)).T  # the same Gram in width rows
-    x0 = root * (w / (preserve.count if normalise else 1)) ** 0.5
+    x0 = root * (3 * w / (preserve.count if normalise else 1)) ** 0.5  # as much as w of the three concepts' mean, three times
     eye = mu**0.5 * torch.eye(problem.width, dtype=torch.float64)
     p = torch.stack(problem.deltas()).mean(0) if prior == "mean" else torch.zeros(problem.out, problem.width, dtype=torch.float64)
     x = torch.cat([*xs, x0, eye])

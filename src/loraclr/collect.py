@@ -20,13 +20,21 @@ from loraclr.statistics import LayerStats, Moments
 
 FIT_TEMPLATES = (
     "a photo of a {}", "a {}", "a portrait of a {} on a beach", "a picture of a {} in a forest", "a photo of a {} in a city",
-    "a photo of a {} wearing a red shirt",
+    "a photo of a {} wearing a red shirt", "a sad {} wearing a black hoodie", "a photo of a serious {} on a red background",
+    "a {} in the snow", "a picture of a {} on a white background", "a {} wearing purple overalls in a city", "a photo of a sleeping {}",
+    "a photo of a {} next to a dog", "a surprised {} on a green background", "a portrait of a {} in a room", "a {} under a tree",
+    "a smiling {} wearing a yellow blazer", "a picture of a {} with a cat", "an angry {} in a house", "a poster of a {}",
+    "a sepia photo of a {}", "a {} in a desert wearing a white hoodie", "a black and white photo of a {}", "pixel art of a {} in a city",
 )  # fmt: skip
-HELD_OUT_TEMPLATES = ("a photo of a {} in the snow", "a picture of a {} wearing a blue hoodie at night")
+HELD_OUT_TEMPLATES = ("a photo of a {} at night", "a picture of a {} wearing a blue hoodie in a field")
 PRESERVE_PROMPTS = (
     "", "a photo of a woman", "a photo of a man", "a woman on a beach", "a man in a forest", "a portrait of a woman in a city",
     "a picture of a man in the snow", "a smiling woman wearing a red shirt", "an angry man wearing a blue hoodie",
-    "a photo of a dog", "a photo of a house", "a tree in a field",
+    "a photo of a dog", "a photo of a house", "a tree in a field", "a sad woman wearing a black hoodie",
+    "a serious man on a red background", "a surprised woman at night", "a man wearing purple overalls in a desert",
+    "a sleeping man on a white background", "a picture of a woman in a room", "a portrait of a man on a green background",
+    "a smiling man wearing a pink shirt on a beach", "an angry woman in a field", "a photo of a cat", "a car in a city",
+    "a photo of a woman wearing a white blazer",
 )  # fmt: skip
 
 
@@ -53,11 +61,11 @@ class Collection:
     fit: tuple[str, ...] = FIT_TEMPLATES  # templates; {} is where the concept's call goes
     held_out: tuple[str, ...] = HELD_OUT_TEMPLATES  # only judge
     preserve: tuple[str, ...] = PRESERVE_PROMPTS  # prompts without any concept
-    steps: int = 20  # denoising steps, all recorded, conditional only
-    padded: bool = True  # text rows of the positions that samplers pad to 77, too
+    steps: int = 8  # denoising steps, all recorded, conditional only
+    padded: bool = False  # text rows of the positions that samplers pad to 77, too
     sample: int = 64  # paired rows kept per concept and layer
     seed: int = 0  # of the latents, the same for every concept
-    spatial: int | None = None  # how many of the fit templates also run the UNet; None: all
+    spatial: int | None = 3  # how many of the fit templates also run the UNet; None: all
 
     def __post_init__(self) -> None:
         wrong = [template for template in (*self.fit, *self.held_out) if template.count("{}") != 1]
@@ -72,7 +80,7 @@ class Collection:
 
 # The released code's prompts: no padding, one of them through the UNet, every row kept as it is. It differs in one thing: for keys and
 # values the released code drops the begin mark and ordinary words, here all tokens count.
-PAPER = Collection(fit=("photo of a {}", "{}"), padded=False, sample=ALL_ROWS, spatial=1)
+PAPER = Collection(fit=("photo of a {}", "{}"), steps=20, sample=ALL_ROWS, spatial=1)
 LATENTS = {"fit": 0, "held_out": 1000, "preserve": 2000}  # added to the seed: what judges must not start from what was learned from
 
 

@@ -29,16 +29,6 @@ from loraclr.merge import merge
 from loraclr.pipeline import Pipeline
 from loraclr.toybox.judge import Judge
 
-MORE_FIT = (
-    "a sad {} wearing a black hoodie", "a photo of a serious {} on a red background", "a {} in the snow",
-    "a picture of a {} on a white background", "a {} wearing purple overalls in a city", "a photo of a sleeping {}",
-)  # fmt: skip
-MORE_PRESERVE = (
-    "a sad woman wearing a black hoodie", "a serious man on a red background", "a surprised woman at night",
-    "a man wearing purple overalls in a desert", "a sleeping man on a white background", "a picture of a woman in a room",
-    "a portrait of a man on a green background", "a smiling man wearing a pink shirt on a beach", "an angry woman in a field",
-    "a photo of a cat", "a car in a city", "a photo of a woman wearing a white blazer",
-)  # fmt: skip
 CONCEPTS = 12
 STAGES = ("text", "keys", "spatial")
 
@@ -47,37 +37,42 @@ STAGES = ("text", "keys", "spatial")
 class Setting:
     method: str = "loraclr"
     parameters: Mapping[str, Any] = field(default_factory=dict)
-    collection: Collection = field(default_factory=Collection)
+    collection: Collection | None = field(default_factory=Collection)  # None: the method's own
     merged: tuple[str, ...] = STAGES  # the stages that come from the merge
     rest: str = "nothing"  # the others: "nothing", or every concept's "own" adapter
 
 
 def settings() -> dict[str, Setting]:
     """Row name -> what is done."""
-    collection = Collection()
+    usual = Collection()
     rows = {"single": Setting(merged=(), rest="own"), "average": Setting("average")}
     for scale in (0.05, 0.1, 0.15, 0.2, 0.3, 0.4):
         rows[f"sum {scale}"] = Setting("sum", {"scale": scale})
-    for ridge, preservation in ((1e-2, 0.1), (1e-3, 0.1), (1e-1, 0.1), (1e-2, 0.0), (1e-2, 0.3), (1e-2, 1.0), (1e-3, 1.0)):
-        rows[f"ridge {ridge:g}, preservation {preservation:g}"] = Setting(parameters={"ridge": ridge, "preservation": preservation})
-    for ridge, preservation in ((1e-2, 0.1), (1e-3, 0.1), (1e-2, 0.3)):
-        fixed = {"ridge": ridge, "preservation": preservation, "balance": True}
-        rows[f"balance, ridge {ridge:g}, preservation {preservation:g}"] = Setting(parameters=fixed)
+    rows["loraclr"] = Setting()
+    for ridge in (1e-2, 1e-3, 1e-4):
+        rows[f"ridge {ridge:g}"] = Setting(parameters={"ridge": ridge})
+    for preservation in (0.0, 0.1, 0.3, 3.0):
+        rows[f"preservation {preservation:g}"] = Setting(parameters={"preservation": preservation})
+    rows["ridge 0.01, preservation 0.01"] = Setting(parameters={"ridge": 1e-2, "preservation": 0.01})
+    rows["balance"] = Setting(parameters={"balance": True})
     rows["mean prior, ridge 0.1"] = Setting(parameters={"ridge": 0.1, "prior": "mean"})
     rows["held-out ridge"] = Setting(parameters={"choose": "held_out"})
-    rows["24 preservation prompts"] = Setting(collection=replace(collection, preserve=(*collection.preserve, *MORE_PRESERVE)))
-    rows["12 fit prompts"] = Setting(collection=replace(collection, fit=(*collection.fit, *MORE_FIT)))
-    rows["both, 8 timesteps"] = Setting(
-        collection=replace(collection, fit=(*collection.fit, *MORE_FIT), preserve=(*collection.preserve, *MORE_PRESERVE), steps=8)
-    )
-    rows["unpadded text"] = Setting(collection=replace(collection, padded=False))
-    for steps in (5, 8):
-        rows[f"{steps} timesteps"] = Setting(collection=replace(collection, steps=steps))
     rows["contrastive"] = Setting("loraclr:contrastive")
+    rows["contrastive in delta space"] = Setting("loraclr:contrastive", {"space": "delta"})
     rows["exact"] = Setting("loraclr:exact")
+    rows["6 prompts"] = Setting(collection=replace(usual, fit=usual.fit[:6]))
+    rows["12 prompts"] = Setting(collection=replace(usual, fit=usual.fit[:12]))
+    rows["12 preservation prompts"] = Setting(collection=replace(usual, preserve=usual.preserve[:12]))
+    rows["padded text"] = Setting(collection=replace(usual, padded=True))
+    for steps in (4, 20):
+        rows[f"{steps} timesteps"] = Setting(collection=replace(usual, steps=steps))
+    for spatial in (1, 8):
+        rows[f"{spatial} of the prompts through the UNet"] = Setting(collection=replace(usual, spatial=spatial))
     for stage in STAGES:
         rows[f"only {stage}, own adapter for the rest"] = Setting(merged=(stage,), rest="own")
     rows["only text"] = Setting(merged=("text",))
+    for preset in ("paper", "official"):  # on the released code's few prompts
+        rows[f"loraclr-reference:{preset}"] = Setting(f"loraclr-reference:{preset}", collection=None)
     return rows
 
 

@@ -21,19 +21,21 @@ OVERGROWN = 3.0  # times the largest input: a delta this large fits noise
 
 @dataclass(frozen=True)
 class Loraclr(Checked):
-    """Minimises J(D) = (1/N) [sum_i a_i ||X_i (D - D_i)^T||^2 + w ||X_0 D^T||^2 + mu ||D - P||^2 + sum_i hinge_i^2] + lambda ||D||.
+    """Minimises J(D) = (1/N) [sum_i a_i ||X_i (D - D_i)^T||^2 + N w ||X_0 D^T||^2 + mu ||D - P||^2 + sum_i hinge_i^2] + lambda ||D||.
 
     hinge_i is max(0, margin - distance of anchor i to its nearest negative), all norms are Frobenius. Without an active hinge the
-    minimiser is D = (sum_i a_i D_i G_i + mu P)(S + w G_0 + mu I)^-1, an ordinary LoRA of rank sum_i r_i at most; as the hinge is
+    minimiser is D = (sum_i a_i D_i G_i + mu P)(S + N w G_0 + mu I)^-1, an ordinary LoRA of rank sum_i r_i at most; as the hinge is
     never negative, one look at the negative distances certifies it as the global optimum of J. Where the hinge is active, L-BFGS
     descends from there. An adapter without this layer has the target "no change" on its own features.
     """
 
-    ridge: Annotated[float, Option("mu, in mean diagonals of S: pulls towards the prior, against fitting noise", 0)] = 1e-2
+    ridge: Annotated[float, Option("mu, in mean diagonals of S: pulls towards the prior, against fitting noise", 0)] = 3e-4
     choose: Annotated[
         Literal["fixed", "held_out"], Option("take `ridge` as it is, or the best of 1, 3, 10, ... 1000 times it on held-out prompts")
     ] = "fixed"
-    preservation: Annotated[float, Option("w: how much concept-free prompts must stay as they are; 0 needs no such statistics", 0)] = 0.1
+    preservation: Annotated[
+        float, Option("w: how much concept-free prompts must stay as they are; 1 as all concepts together, 0 needs no such statistics", 0)
+    ] = 1.0
     prior: Annotated[Literal["zero", "mean"], Option("P: what `ridge` pulls towards, no change or the mean of the deltas")] = "zero"
     normalise: Annotated[bool, Option("count every concept by the mean over its rows; false: by the sum, as the paper does")] = True
     balance: Annotated[bool, Option("divide every concept's share by what its adapter does there: loud ones do not drown quiet ones")] = (

@@ -1,6 +1,6 @@
 """The convex part of the LoRACLR objective for one layer, and its minimiser in closed form.
 
-    q(D) = sum_i a_i ||X_i (D - D_i)^T||^2 + w ||X_0 D^T||^2 + mu ||D - P||^2
+    q(D) = sum_i a_i ||X_i (D - D_i)^T||^2 + N w ||X_0 D^T||^2 + mu ||D - P||^2
 
 All D_i = B_i A_i lie in the span of [B_1 ... B_N], so the minimiser does too: with an orthonormal basis Q of that span it is sought as
 V in D = Q V, and norms and inner products of D are those of V. Only X^T X enters, or, where all concepts together have fewer rows
@@ -27,7 +27,7 @@ class Quadratic:
     prior: Tensor | None  # P as (k, in); None is 0
     mu: float
     constant: float  # q(0)
-    square: Tensor  # S + w G_0 (in, in); in the dual form X X^T (rows, rows)
+    square: Tensor  # S + N w G_0 (in, in); in the dual form X X^T (rows, rows)
     rows: Tensor | None  # the dual form's X (rows, in), the rows of concept i scaled by sqrt(a_i)
     targets: Tensor | None  # their outputs X_i D_i^T, as (rows, k)
 
@@ -56,7 +56,7 @@ class Quadratic:
         seen = [moments.scaled(share) for moments, share in zip(fit, shares, strict=True)]
         mu = ridge * sum(map(_trace, seen)) / width
         if preservation > 0:
-            seen.append(_preserve(problem, preservation, normalise))
+            seen.append(_preserve(problem, preservation * number, normalise))
         ups, downs = zip(*problem.factors, strict=True)
         blocks = [_times_gram(down, moments) for down, moments in zip(downs, seen, strict=False)]
         constant = sum(float(((up.T @ up) * (block @ down.T)).sum()) for up, down, block in zip(ups, downs, blocks, strict=True))
@@ -104,7 +104,7 @@ class Quadratic:
         return replace(self, mu=mu, right=self.right + more * self.prior, constant=self.constant + more * float(self.prior.square().sum()))
 
     def minimiser(self, extra: float = 0.0) -> Tensor:
-        """The V (k, in) of least q(D) + extra ||D||^2: (R + mu P)(S + w G_0 + (mu + extra) I)^-1, primal or dual."""
+        """The V (k, in) of least q(D) + extra ||D||^2: (R + mu P)(S + N w G_0 + (mu + extra) I)^-1, primal or dual."""
         total = self.mu + extra
         if self.rows is None or self.targets is None:
             return linalg.ridge_solve(self.right, self.square, total)
@@ -145,7 +145,7 @@ class Quadratic:
         return self.constant + float(((product - 2 * self.right) * v).sum()), 2 * (product - self.right)
 
     def metric(self) -> Tensor:
-        """S + w G_0 + mu I (in, in): the curvature that `refine` preconditions with."""
+        """S + N w G_0 + mu I (in, in): the curvature that `refine` preconditions with."""
         metric = self.square.clone() if self.rows is None else linalg.gram(self.rows)
         metric.diagonal().add_(self.mu)
         return metric
