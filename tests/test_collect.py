@@ -155,8 +155,8 @@ def test_the_seed_moves_spatial_features_and_nothing_else(pipeline, concepts):
 
 def test_two_runs_sum_to_the_run_of_both_prompts(pipeline, concepts):
     first, second = SMALL.fit
-    parts = [collect(pipeline, concepts, TEXT, settings=Collection((one,), (), ())) for one in (first, second)]
-    whole = collect(pipeline, concepts, TEXT, settings=Collection((first, second), (), ()))
+    parts = [collect(pipeline, concepts, TEXT, settings=Collection((one,), (), (), padded=True)) for one in (first, second)]
+    whole = collect(pipeline, concepts, TEXT, settings=Collection((first, second), (), (), padded=True))
     for name in TEXT:
         summed = parts[0][name] + parts[1][name]
         assert summed.fit["ada"].count == whole[name].fit["ada"].count == 2 * LENGTH * len(pipeline.cross_attention_layers)
