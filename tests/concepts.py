@@ -17,7 +17,12 @@ DEEP = "unet.up_blocks.0.attentions.0.transformer_blocks.0"
 KEYS = (f"{BLOCK}.attn2.to_k", f"{BLOCK}.attn2.to_v", f"{DEEP}.attn2.to_k")
 SPATIAL = (f"{BLOCK}.attn1.to_q", f"{BLOCK}.attn2.to_out.0", f"{DEEP}.ff.net.2", "unet.mid_block.resnets.0.conv1")
 SMALL = Collection(
-    fit=("a photo of a {}", "a {} on a beach"), held_out=("a {} at night",), preserve=("", "a dog", "a house"), steps=2, padded=True, sample=12
+    fit=("a photo of a {}", "a {} on a beach"),
+    held_out=("a {} at night",),
+    preserve=("", "a dog", "a house"),
+    steps=2,
+    padded=True,
+    sample=12,
 )
 
 

@@ -69,7 +69,7 @@ def write_report(report: Report, path: Path) -> Path:
             chance=f"{1 / len(report.names):.2f}",
             pictures=len(next(iter(report.scores.values())).identity),
             split=report.split,
-            scores="".join(_score_row(label, scores) for label, scores in report.scores.items()),
+            scores="".join(_score_row(label, scores, shown) for label, scores in report.scores.items()),
             stages=_stages(ours),
             timing=_timing(report),
             usage=html.escape(_usage(report)),
@@ -92,8 +92,9 @@ def _title(label: str) -> str:
     return {"single": "alone", "loraclr": "loraclr", "average": "average", "sum": "sum, best weight"}.get(label, label)
 
 
-def _score_row(label: str, scores: Scores) -> str:
-    means, (low, high) = scores.means(), interval(scores.identity)
+def _score_row(label: str, scores: Scores, shown: int) -> str:
+    concepts, prompts = ([part(k, shown) for k in range(len(scores.identity))] for part in (int.__floordiv__, int.__mod__))
+    means, (low, high) = scores.means(), interval(scores.identity, factors=[concepts, prompts])
     mark = ' class="ours"' if label == "loraclr" else ""
     return (
         f"<tr{mark}><td>{_title(label)}</td><td>{means['identity']:.2f}</td><td>{low:.2f} – {high:.2f}</td>"
