@@ -603,8 +603,8 @@ def test_the_command_writes_what_the_function_returns(base, folder, tmp_path, ca
     assert f"written: {tmp_path / 'qq.pth'}" in said and "called by: <qq1> <qq2>" in said
     written, expected = load_adapter(tmp_path / "qq.pth"), learn(folder, pipeline, small("edlora", steps=2))
     assert written.layers.keys() == expected.layers.keys()
-    for layer in expected:  # two loadings of one base may round differently
-        torch.testing.assert_close(written.layers[layer.name].delta(), layer.delta(), rtol=1e-3, atol=1e-6)
+    for layer in expected:  # two loadings of one base may round differently, and AdamW's first steps are all but signs
+        assert (written.layers[layer.name].delta() - layer.delta()).norm() < 1e-2 * layer.delta().norm(), layer.name
     assert {path.name for path in (tmp_path / "qq.pth.train").iterdir()} == {"loss.csv", "loss.png"}  # the checkpoint is gone
     assert main([str(word) for word in [*words, "--output", tmp_path / "qq.pth"]]) == 1
     assert "exists already; give another name, or --force" in capsys.readouterr().err
