@@ -1,9 +1,9 @@
-"""Which merge settings keep identities? `python study.py BASE JUDGE LORAS OUT.json [NAME ...]`, on *development* identities only.
+"""Which merge settings keep identities? `python study.py BASE JUDGE LORAS OUT.json [NAME ...]`, on the *development* identities.
 
 Every row merges the twelve development adapters from their files with other settings, samples the scoring prompts (which share no
 template with the merge's) and prints identity, right person of 12 and prompt agreement. `only STAGE` rows take the default's merge for
 one stage and each concept's own adapter for the others: what that stage alone costs. Finished rows are kept in OUT.json and skipped.
-`against_single` is the paired difference to each adapter alone; intervals draw concepts and prompts anew.
+`--split test` is for reporting what was chosen, once. `against_single` is the paired difference to each adapter alone; intervals draw concepts and prompts anew.
 """
 
 from __future__ import annotations
@@ -88,10 +88,10 @@ def hybrid(merged: Adapter, own: Adapter, setting: Setting) -> Adapter:
     return Adapter(layers, name=own.name, tokens=own.tokens, triggers=own.triggers)
 
 
-def run(base: Path, judge: Path, loras: Path, name: str, rounds: int) -> dict[str, object]:
+def run(base: Path, judge: Path, loras: Path, split: str, name: str, rounds: int) -> dict[str, object]:
     torch.set_num_threads(1)
     setting, people = settings()[name], identities()
-    files = {name: file for name in people for file in (loras / "development").iterdir() if file.stem == name}
+    files = {name: file for name in people for file in (loras / split).iterdir() if file.stem == name}
     adapters = {name: load_adapter(file) for name, file in files.items()}
     calls = {name: " ".join(adapter.tokens) or adapter.triggers[0] for name, adapter in adapters.items()}
     pipeline = Pipeline.load(base)
@@ -121,16 +121,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("base", type=Path)
     parser.add_argument("judge", type=Path)
-    parser.add_argument("loras", type=Path, help="the folder with development/")
+    parser.add_argument("loras", type=Path, help="the folder with development/ and test/")
     parser.add_argument("out", type=Path)
     parser.add_argument("names", nargs="*", help="rows whose name begins so; all without")
+    parser.add_argument("--split", default="development", choices=("development", "test"))
     parser.add_argument("--rounds", type=int, default=1, help="seeds per prompt")
     parser.add_argument("--workers", type=int, default=2)
     arguments = parser.parse_args()
     done = json.loads(arguments.out.read_text()) if arguments.out.exists() else {}
     wanted = [name for name in settings() if name not in done and (not arguments.names or name.startswith(tuple(arguments.names)))]
     with ProcessPoolExecutor(arguments.workers) as pool:
-        jobs = {pool.submit(run, arguments.base, arguments.judge, arguments.loras, name, arguments.rounds): name for name in wanted}
+        common = (run, arguments.base, arguments.judge, arguments.loras, arguments.split)
+        jobs = {pool.submit(*common, name, arguments.rounds): name for name in wanted}
         for job in as_completed(jobs):
             done[jobs[job]] = job.result()
             ordered = {name: done[name] for name in settings() if name in done}
