@@ -3,7 +3,8 @@
 Every row merges the twelve development adapters from their files with other settings, samples the scoring prompts (which share no
 template with the merge's) and prints identity, right person of 12 and prompt agreement. `only STAGE` rows take the default's merge for
 one stage and each concept's own adapter for the others: what that stage alone costs. Finished rows are kept in OUT.json and skipped.
-`--split test` is for reporting what was chosen, once. `against_single` is the paired difference to each adapter alone; intervals draw concepts and prompts anew.
+`--split test` is for reporting what was chosen, once. `against_single` is the paired difference to each adapter alone; intervals draw
+concepts and prompts anew.
 """
 
 from __future__ import annotations
