@@ -306,6 +306,18 @@ def test_progress_runs_from_the_first_stage_to_the_last(shared, adapters):
         assert shares == sorted(shares) and shares[-1] == 1.0 and shares[0] > 0
 
 
+def test_an_adapter_says_how_it_is_called():
+    rows = torch.zeros(1, 4)
+    for tokens, triggers, call in (
+        ((), (), ""),
+        ((), ("ada woman", "ada"), "ada woman"),
+        (("<ada>",), (), "<ada>"),
+        (("<a>", "<b>"), ("ada woman",), "<a> <b>"),
+        (("<ada>",), ("ada", "<ada> woman"), "<ada> woman"),  # a modifier word in front of its class
+    ):
+        assert Adapter({}, tokens=dict.fromkeys(tokens, rows), triggers=triggers).call == call
+
+
 def test_calls_are_given_words_then_tokens_then_triggers(shared, adapters):
     result = merge(adapters, method="average", calls={"ada": "somebody else"})
     assert [entry["call"] for entry in result.inputs] == ["somebody else", "<ben>", "cai man"]

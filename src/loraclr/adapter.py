@@ -158,6 +158,14 @@ class Adapter:
         return tuple(sorted({name.split(".", 1)[0] for name in self.layers}))
 
     @property
+    def call(self) -> str:
+        """The words that call it in a prompt: a trigger that holds every learned token, else the tokens, else the first trigger."""
+        for trigger in self.triggers:
+            if set(self.tokens) <= set(trigger.split()):  # without tokens: the first
+                return trigger
+        return " ".join(self.tokens)
+
+    @property
     def ranks(self) -> tuple[int, ...]:
         """The different ranks of its layers, ascending."""
         return tuple(sorted({layer.rank for layer in self}))

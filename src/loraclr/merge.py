@@ -286,7 +286,7 @@ def _concepts(adapters: Sequence[Adapter], weights: Sequence[float] | None, call
             tokens[token] = adapter
     concepts = []
     for index, adapter in enumerate(adapters):
-        call = calls.get(adapter.name) or " ".join(adapter.tokens) or (adapter.triggers[0] if adapter.triggers else "")
+        call = calls.get(adapter.name) or adapter.call
         if needed and not call:
             problems.append(f"{adapter.name} says no trigger words; give them with --trigger {adapter.name}=WORDS")
         concepts.append(Concept(adapter, call, 1.0 if weights is None else weights[index]))

@@ -120,7 +120,7 @@ def main() -> None:
         people = identities()
         files = sorted((arguments.loras / arguments.split).iterdir())
         adapters = {name: load_adapter(file) for name in people for file in files if file.stem == name}
-        calls = {name: " ".join(adapter.tokens) or adapter.triggers[0] for name, adapter in adapters.items()}
+        calls = {name: adapter.call for name, adapter in adapters.items()}
         plain = {name: f"{name} {people[name].noun}" for name in adapters}
         names = list(adapters)
         shifted = {name: adapters[names[(k + 5) % len(names)]] for k, name in enumerate(names)}

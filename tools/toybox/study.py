@@ -94,7 +94,7 @@ def run(base: Path, judge: Path, loras: Path, split: str, name: str, rounds: int
     setting, people = settings()[name], identities()
     files = {name: file for name in people for file in (loras / split).iterdir() if file.stem == name}
     adapters = {name: load_adapter(file) for name, file in files.items()}
-    calls = {name: " ".join(adapter.tokens) or adapter.triggers[0] for name, adapter in adapters.items()}
+    calls = {name: adapter.call for name, adapter in adapters.items()}
     pipeline = Pipeline.load(base)
     used, notes = adapters, {}
     if setting.merged:

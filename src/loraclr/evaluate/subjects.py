@@ -74,7 +74,7 @@ def call_of(adapter: Adapter, name: str, *, alone: bool) -> str | None:
         inputs = json.loads(adapter.metadata["loraclr.receipt"])["inputs"]
         stated = {str(entry["name"]): str(entry["call"] or "") for entry in inputs}
     except (KeyError, ValueError, TypeError):
-        return (" ".join(adapter.tokens) or next(iter(adapter.triggers), None)) if alone else None
+        return (adapter.call or None) if alone else None
     return stated.get(name) or None
 
 

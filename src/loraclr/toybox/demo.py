@@ -41,10 +41,6 @@ class Studio:
     tick: Callable[[str, int], None]
     seconds: dict[str, float] = field(default_factory=dict)
 
-    def call(self, name: str) -> str:
-        adapter = self.adapters[name]
-        return " ".join(adapter.tokens) or adapter.triggers[0]
-
     def plain_call(self, name: str) -> str:
         """The trigger as ordinary text: also for concepts whose learned tokens are not loaded."""
         return f"{name} {self.box.concepts[name].noun}"
@@ -85,8 +81,8 @@ class Studio:
         one, other = (self.box.concepts[name].noun for name in (left, right))
         context = f"a {one} on the left and a {other} on the right {place}"
         regions = [
-            Region(f"a {self.call(left)} {place}", (0.0, 0.0, 1.0, 0.5)),
-            Region(f"a {self.call(right)} {place}", (0.0, 0.5, 1.0, 1.0)),
+            Region(f"a {self.adapters[left].call} {place}", (0.0, 0.0, 1.0, 0.5)),
+            Region(f"a {self.adapters[right].call} {place}", (0.0, 0.5, 1.0, 1.0)),
         ]
         return self.sample([context], [seed], size=(64, 128), regions=regions)[0]
 
@@ -114,7 +110,7 @@ def run_demo(output: Path, *, split: str = "test", console: Console | None = Non
         adapters = {name: load_adapter(path) for name, path in paths.items()}
         studio = Studio(box, box.load(), adapters, tick)
         count = len(adapters) * len(TEMPLATES)
-        calls = {name: studio.call(name) for name in adapters}
+        calls = {name: adapter.call for name, adapter in adapters.items()}
         plain = {name: studio.plain_call(name) for name in adapters}
 
         first = next(iter(adapters))
