@@ -74,6 +74,8 @@ def settings() -> dict[str, Setting]:
     rows["only text"] = Setting(merged=("text",))
     for preset in ("paper", "official"):  # on the released code's few prompts
         rows[f"loraclr-reference:{preset}"] = Setting(f"loraclr-reference:{preset}", collection=None)
+    for rate in (1e-3, 3e-3):
+        rows[f"paper at learning rate {rate:g}"] = Setting("loraclr-reference:paper", {"learning_rate": rate}, collection=None)
     return rows
 
 
