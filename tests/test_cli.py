@@ -28,6 +28,7 @@ from loraclr.formats.files import SUFFIXES, safetensors_bytes
 from loraclr.methods import METHODS, describe, make_method, parameters
 from loraclr.pipeline import Pipeline
 from loraclr.toybox import SPLITS
+from loraclr.toybox import demo as toybox_demo
 
 
 @pytest.fixture
@@ -553,7 +554,12 @@ def test_toybox_export_and_demo_call_one_function_each(call, monkeypatch, tmp_pa
     monkeypatch.setattr(module("toybox"), "open_toybox", Box)
     assert call("toybox", "export", tmp_path / "toy", "--split", "test")[:2] == (0, f"written: {tmp_path / 'toy'}")
     assert call("toybox", "export", tmp_path / "toy", "--split", "train")[0] == 2
-    monkeypatch.setattr(module("toybox.demo"), "run_demo", lambda output, console: asked.append(output))
+    code, out, _ = call("toybox", "export", tmp_path / "toy", "--json")
+    assert code == 0 and json.loads(out)["base"] == str(tmp_path / "toy" / "base")
+    made = toybox_demo.Demonstration(Path("demo/report.html"), Path("demo/merged.safetensors"), {"loraclr": {"identity": 0.5}}, 1.0)
+    monkeypatch.setattr(toybox_demo, "run_demo", lambda output, console: asked.append(output) or made)
     assert call("demo", "--output", tmp_path / "here")[0] == 0
     assert call("demo")[0] == 0
-    assert asked == [(tmp_path / "toy", "test"), tmp_path / "here", Path("demo")]
+    assert json.loads(call("demo", "--json")[1])["scores"] == {"loraclr": {"identity": 0.5}}
+    toy = tmp_path / "toy"
+    assert asked == [(toy, "test"), (toy, "development"), tmp_path / "here", Path("demo"), Path("demo")]

@@ -87,10 +87,20 @@ class Studio:
         return self.sample([context], [seed], size=(64, 128), regions=regions)[0]
 
 
-def run_demo(output: Path, *, split: str = "test", console: Console | None = None) -> Path:
+@dataclass(frozen=True)
+class Demonstration:
+    """What `run_demo` made: its page, the merged file, mean scores by row, and the seconds it took."""
+
+    page: Path
+    merged: Path
+    scores: Mapping[str, Mapping[str, float]]
+    seconds: float
+
+
+def run_demo(output: Path, *, split: str = "test", console: Console | None = None) -> Demonstration:
     """Merge the split's twelve adapters with three methods, compare them, and write OUTPUT/report.html and merged.safetensors.
 
-    Returns the page's path. The default split is the one that no choice of ours was made on.
+    The default split is the one that no choice of ours was made on.
     """
     console = console or Console()
     began = time.perf_counter()
@@ -184,4 +194,9 @@ def run_demo(output: Path, *, split: str = "test", console: Console | None = Non
         right = f"right person of {len(names)} {means['named']:.2f}"
         console.print(f"{label:>20}: identity {means['identity']:.2f}   {right}   prompt {means['told']:.2f}")
     console.print(f"\nopen {page}   ({time.perf_counter() - began:.0f} s in all)")
-    return page
+    return Demonstration(
+        page,
+        merged_file,
+        {label: {key: round(value, 3) for key, value in scores.means().items()} for label, scores in table.items()},
+        round(time.perf_counter() - began, 1),
+    )
