@@ -109,7 +109,7 @@ class Loraclr(Checked):
         size, largest = float(v.norm()), max(_norm(up, down) for up, down in problem.factors)
         notes |= {"objective": value + hinge + self.penalty * size, "growth": size / largest if largest > 0 else 0.0}
         notes["certificate"] = f"{certificate}; J({self._objective(quadratic)})"
-        if size > OVERGROWN * largest:
+        if size > OVERGROWN * largest and not self.preservation:  # with it, what ordinary prompts use is guarded
             advice = f"the delta is {size / largest:.1f} times the largest adapter's: it fits noise; raise `ridge` or `preservation`"
         if self.penalty > 0:
             pull = 2 / number * float(quadratic.right.norm()) / self.penalty
