@@ -14,8 +14,9 @@ import torch
 
 from loraclr.adapter import Adapter
 from loraclr.errors import FormatError
-from loraclr.formats import comfy, diffusers, edlora, files, header, kohya, names, peft, sidecar
+from loraclr.formats import comfy, diffusers, edlora, files, header, kohya, names, notes, peft, sidecar
 from loraclr.formats.base import FLOATS, AdapterFormat, BaseWeights, Content, PrecisionWarning, unplaced
+from loraclr.formats.provenance import LICENSE
 from loraclr.formats.report import FileReport, report
 
 __all__ = [
@@ -90,7 +91,16 @@ def describe(path: str | Path, *, base: BaseWeights | None = None) -> FileReport
     types = {str(tensor.dtype).removeprefix("torch.") for key, tensor in content.tensors.items() if not key.endswith("alpha")}
     with files.about(Path(path)):
         size = sum(member.stat().st_size for member in files.members(Path(path)))
-        return report(adapter, path=Path(path), format=target.id, dtypes=tuple(sorted(types)), size=size, sha256=files.digest(Path(path)))
+        return report(
+            adapter,
+            path=Path(path),
+            format=target.id,
+            dtypes=tuple(sorted(types)),
+            size=size,
+            sha256=files.digest(Path(path)),
+            tensor_sha256=files.tensor_digest(Path(path)),
+            trigger_source=header.triggers(content.metadata, notes.read(Path(path)))[1],
+        )
 
 
 def _load(path: Path, name: str | None, base: BaseWeights | None) -> tuple[Adapter, AdapterFormat, Content]:
@@ -101,12 +111,16 @@ def _load(path: Path, name: str | None, base: BaseWeights | None) -> tuple[Adapt
         beside = {} if target.holds_tokens else sidecar.read(path)
         if twice := sorted(beside.keys() & adapter.tokens.keys()):
             raise FormatError(f"the token {twice[0]!r} is in the file and in {sidecar.path_for(path).name}; remove one of them")
+        noted = notes.read(path)
+        stated = dict(content.metadata)
+        if noted.licence and not stated.get(LICENSE):
+            stated[LICENSE] = noted.licence
         adapter = adapter.with_(
             name=name or (path.name if path.is_dir() else path.stem),
             tokens={**adapter.tokens, **beside},
-            triggers=header.triggers(content.metadata),
+            triggers=header.triggers(content.metadata, noted)[0],
             family=header.family(content.metadata, names.guess_family({layer.name: layer.shape for layer in adapter})),
-            metadata=content.metadata,
+            metadata=stated,
         )
     return adapter, target, content
 

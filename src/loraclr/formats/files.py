@@ -81,6 +81,15 @@ def digest(path: Path) -> str:
     return hashlib.sha256(lines.encode()).hexdigest()
 
 
+def tensor_digest(path: Path) -> str | None:
+    """SHA-256 of a .safetensors file without its header, in hex: kohya's `sshs_model_hash`, and what A1111 and Civitai know it by."""
+    if path.suffix != ".safetensors" or path.is_dir():
+        return None
+    with path.open("rb") as file:
+        file.seek(8 + int.from_bytes(file.read(8), "little"))
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def write(content: Content, path: Path, storage: Storage) -> None:
     """Puts `content` at `path` in one step: whoever looks sees the old file or the whole new one. Equal content, equal bytes."""
     if storage == "folder":
@@ -91,13 +100,18 @@ def write(content: Content, path: Path, storage: Storage) -> None:
 
 
 def safetensors_bytes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
-    """The library's own serialisation, with the header's metadata in sorted order: the library shuffles it from run to run."""
+    """The library's own serialisation, with the header's metadata in sorted order: the library shuffles it from run to run.
+
+    Its header has the SHA-256 of the tensors, as kohya's trainer and the model specification call it.
+    """
     wrong = [key for key, value in metadata.items() if not isinstance(value, str)]
     if wrong:
         raise FormatError(f"metadata {wrong[0]!r} is a {type(metadata[wrong[0]]).__name__}; safetensors metadata must be text: use str()")
     plain = safetensors.torch.save({key: tensors[key].detach().cpu().contiguous().clone() for key in sorted(tensors)})
     size = int.from_bytes(plain[:8], "little")
     entries: dict[str, Any] = json.loads(plain[8 : 8 + size])
+    digest = hashlib.sha256(memoryview(plain)[8 + size :]).hexdigest()
+    metadata = {**metadata, "modelspec.hash_sha256": f"0x{digest}", "sshs_model_hash": digest}
     header = json.dumps({"__metadata__": dict(sorted(metadata.items())), **entries}, separators=(",", ":")).encode()
     header += b" " * (-len(header) % 8)  # tensors stay aligned
     return len(header).to_bytes(8, "little") + header + plain[8 + size :]
