@@ -43,7 +43,9 @@ def merge(
         typer.Option(metavar="NAME=WORDS", help="The words that call an adapter in a prompt; repeatable.", show_default="as the files say"),
     ] = [],  # noqa: B006
     rank: Annotated[int | None, typer.Option(min=1, help="The most per layer.", show_default="what the solution needs")] = None,
-    format: Annotated[Literal["kohya", "diffusers", "peft", "edlora"], typer.Option(help="Names and layout of the output.")] = "kohya",
+    format: Annotated[
+        Literal["kohya", "diffusers", "peft", "edlora", "diff"], typer.Option(help="Names and layout of the output.")
+    ] = "kohya",
     dtype: Annotated[Literal["fp16", "fp32"], typer.Option(help="Precision of the output.")] = "fp16",
     seed: Annotated[int, typer.Option(help="Of the noise that features are collected on.")] = 0,
     allow: Annotated[

@@ -14,7 +14,7 @@ import torch
 
 from loraclr.adapter import Adapter
 from loraclr.errors import FormatError
-from loraclr.formats import comfy, diffusers, edlora, files, header, kohya, names, notes, peft, sidecar
+from loraclr.formats import comfy, diffusers, edlora, embedding, files, full, header, kohya, names, notes, peft, sidecar
 from loraclr.formats.base import FLOATS, AdapterFormat, BaseWeights, Content, PrecisionWarning, unplaced
 from loraclr.formats.provenance import LICENSE
 from loraclr.formats.report import FileReport, report
@@ -33,7 +33,7 @@ __all__ = [
     "save_adapter",
 ]
 
-FORMATS: tuple[AdapterFormat, ...] = (kohya, diffusers, peft, edlora, comfy)
+FORMATS: tuple[AdapterFormat, ...] = (kohya, diffusers, peft, edlora, full, embedding, comfy)
 WRITTEN: tuple[str, ...] = tuple(one.id for one in FORMATS if one is not comfy)
 
 
@@ -108,6 +108,8 @@ def _load(path: Path, name: str | None, base: BaseWeights | None) -> tuple[Adapt
         content = files.read(path)
         target = _claim(content)
         adapter = target.read(content, base)
+        called = content.metadata.get("name") or name or path.stem
+        adapter = adapter.with_(tokens=embedding.named(adapter.tokens, called))
         beside = {} if target.holds_tokens else sidecar.read(path)
         if twice := sorted(beside.keys() & adapter.tokens.keys()):
             raise FormatError(f"the token {twice[0]!r} is in the file and in {sidecar.path_for(path).name}; remove one of them")

@@ -9,8 +9,9 @@ import os
 import shutil
 import tempfile
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +21,15 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from loraclr.errors import FormatError
+from loraclr.formats import embedding
 from loraclr.formats.base import FLOATS, Content, Storage
 from loraclr.formats.names import COMPONENTS
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 SUFFIXES: dict[Storage, tuple[str, ...]] = {"file": (".safetensors",), "torch": (".pth", ".pt"), "folder": ("",)}
+_TORCH_READ = (".pth", ".pt", ".bin")
+# As safetensors calls them.
+_NAMES = {torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32", torch.float64: "F64", torch.int64: "I64"}
 _CONFIG_BYTES = 4 << 20
 _ZIP_SLACK = 1 << 10
 
@@ -48,7 +53,7 @@ def read(path: Path) -> Content:
         raise FormatError("there is no such file; check the path")
     elif not path.is_file():  # opening a pipe would wait for ever
         raise FormatError("is no ordinary file; check the path")
-    elif path.suffix in SUFFIXES["torch"]:
+    elif path.suffix in _TORCH_READ:
         content = _read_torch(path)
     elif path.suffix == ".safetensors":
         content = _read_safetensors(path)
@@ -117,6 +122,25 @@ def safetensors_bytes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
     return len(header).to_bytes(8, "little") + header + plain[8 + size :]
 
 
+def write_large(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], path: Path) -> None:
+    """A .safetensors file of whole models: put there in one step as by `write`, but tensor by tensor, without a copy of it in memory."""
+    order = sorted(tensors, key=lambda key: (-tensors[key].element_size(), key))  # the larger first: all stay aligned
+    entries: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))}
+    end = 0
+    for key in order:
+        begin, end = end, end + tensors[key].numel() * tensors[key].element_size()
+        entries[key] = {"dtype": _NAMES[tensors[key].dtype], "shape": list(tensors[key].shape), "data_offsets": [begin, end]}
+    header = json.dumps(entries, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % 8)
+    bodies = (tensors[key].detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy() for key in order)
+    _write_file(chain((len(header).to_bytes(8, "little"), header), bodies), path)
+
+
+def tensors_of(path: Path) -> dict[str, Tensor]:
+    """What a .safetensors file of ours holds, unchecked, each tensor read when this is called."""
+    return safetensors.torch.load_file(path)
+
+
 def _read_safetensors(path: Path) -> Content:
     try:
         with safe_open(path, framework="pt") as file:
@@ -165,9 +189,11 @@ def _read_torch(path: Path) -> Content:
     except Exception as error:  # a forged archive can make the unpickler raise anything
         reason = (str(error) or repr(error)).splitlines()[0]
         raise FormatError(f"cannot be unpickled as plain tensors ({reason}); fetch it again from a source you trust") from error
+    if (found := _embedding(content)) is not None:
+        return found
     params = content.get("params") if isinstance(content, dict) else None
     if not isinstance(params, dict) or not content.keys() <= {"params", "metadata"}:
-        raise FormatError("holds no 'params' dictionary as ED-LoRA files do; convert it to .safetensors first")
+        raise FormatError("holds no 'params' dictionary as ED-LoRA files do, and no embedding; convert it to .safetensors first")
     tensors = {}
     for section, entries in params.items():
         for name, tensor in (entries or {}).items() if isinstance(entries, dict | None) else [("", entries)]:
@@ -176,6 +202,22 @@ def _read_torch(path: Path) -> Content:
             tensors[f"params/{section}/{name}"] = tensor.detach()
     metadata = content.get("metadata") or {}
     return Content(tensors, {key: value for key, value in metadata.items() if isinstance(key, str) and isinstance(value, str)})
+
+
+def _embedding(content: object) -> Content | None:
+    """A Textual Inversion: A1111's `string_to_param`, or a flat dictionary of tensors alone; None for anything else."""
+    if not isinstance(content, dict) or not content:
+        return None
+    if isinstance(params := content.get("string_to_param"), dict):
+        entries, prefix = params, embedding.TORCH
+    else:
+        entries, prefix = content, embedding.LEARNED
+    if not entries or not all(isinstance(key, str) and _is_plain(tensor) for key, tensor in entries.items()):
+        return None
+    name = content.get("name") if prefix == embedding.TORCH else None
+    return Content(
+        {f"{prefix}{key}": tensor.detach() for key, tensor in entries.items()}, {"name": name} if isinstance(name, str) and name else {}
+    )
 
 
 def _is_plain(tensor: object) -> bool:
@@ -201,11 +243,13 @@ def _torch_bytes(content: Content) -> bytes:
     return buffer.getvalue()
 
 
-def _write_file(data: bytes, path: Path) -> None:
+def _write_file(data: bytes | Iterable[Any], path: Path) -> None:
+    """Bytes, or an iterable of buffers that follow one another."""
     handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     try:
         with os.fdopen(handle, "wb") as file:
-            file.write(data)
+            for part in [data] if isinstance(data, bytes) else data:
+                file.write(part)
             file.flush()
             os.fsync(file.fileno())
         os.chmod(temporary, 0o666 & ~_umask())
