@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from concepts import KEYS, TEXT, concept, three
@@ -10,7 +12,7 @@ from loraclr.adapter import Adapter, DenseLayer, LoraLayer
 from loraclr.errors import MergeError
 from loraclr.merge import MergeWarning, merge
 from loraclr.pipeline import Pipeline
-from loraclr.preflight import preflight, prediction
+from loraclr.preflight import prediction, preflight
 
 
 @pytest.fixture(scope="module")
@@ -150,5 +152,5 @@ class TestRank:
     def test_of_mixed_ranks_and_layers(self, shared):
         adapters = [concept(shared, name, KEYS, rank=rank, seed=rank, triggers=(name,)) for name, rank in (("ada", 1), ("ben", 3))]
         losses = [preflight(adapters, rank=rank).losses for rank in (1, 2, 3, 4)]
-        assert all(a[name] >= b[name] for a, b in zip(losses, losses[1:], strict=False) for name in a)
+        assert all(a[name] >= b[name] for a, b in itertools.pairwise(losses) for name in a)
         assert max(losses[-1].values()) < 1e-6

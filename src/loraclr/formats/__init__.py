@@ -108,8 +108,8 @@ def _load(path: Path, name: str | None, base: BaseWeights | None) -> tuple[Adapt
         content = files.read(path)
         target = _claim(content)
         adapter = target.read(content, base)
-        called = content.metadata.get("name") or name or path.stem
-        adapter = adapter.with_(tokens=embedding.named(adapter.tokens, called))
+        if target is embedding:
+            adapter = adapter.with_(tokens=embedding.named(adapter.tokens, content.metadata.get(embedding.TOKEN) or path.stem))
         beside = {} if target.holds_tokens else sidecar.read(path)
         if twice := sorted(beside.keys() & adapter.tokens.keys()):
             raise FormatError(f"the token {twice[0]!r} is in the file and in {sidecar.path_for(path).name}; remove one of them")

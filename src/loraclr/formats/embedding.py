@@ -1,7 +1,7 @@
 """Textual Inversion files: learned tokens without any layer, as A1111, ComfyUI and diffusers keep them, and the 16 rows of P+ (XTI).
 
 `emb_params` (vectors, dim) is one token of one or more vectors, called as the file is; so is A1111's older `.pt`
-(`string_to_param`), called by its `name`. `clip_l` is the first text encoder's part of SDXL's. diffusers' `learned_embeds` has the
+(`string_to_param`). `clip_l` is the first text encoder's part of SDXL's. diffusers' `learned_embeds` has the
 token as its key. P+ has a tensor for each cross-attention layer, `IN01` ... `MID` ... `OUT11`, in the order down, mid, up.
 """
 
@@ -21,6 +21,7 @@ storage: Storage = "file"
 holds_tokens: bool = True
 
 NAMELESS = "*"  # a token that is called as its file is
+TOKEN = "loraclr.token"  # header entry: what it is called in spite of that
 ONE = "emb_params"
 XTI = (*(f"IN{n:02}" for n in (1, 2, 4, 5, 7, 8)), "MID", *(f"OUT{n:02}" for n in range(3, 12)))
 TORCH = "string_to_param/"  # how `files` hands on an older .pt
@@ -68,9 +69,9 @@ def write(adapter: Adapter, dtype: torch.dtype) -> Content:
         raise FormatError(f"holds the tokens {', '.join(adapter.tokens)}, and an embedding file has one; write each by itself")
     rows = [adapter.tokens[token] for token in expected]  # (layers, dim) each
     if {len(part) for part in rows} == {1}:
-        return Content({ONE: torch.cat(rows).to(dtype).contiguous()}, {"name": first})
+        return Content({ONE: torch.cat(rows).to(dtype).contiguous()}, {TOKEN: first})
     if {len(part) for part in rows} == {len(XTI)}:
-        return Content({key: torch.stack([part[n] for part in rows]).to(dtype) for n, key in enumerate(XTI)}, {"name": first})
+        return Content({key: torch.stack([part[n] for part in rows]).to(dtype) for n, key in enumerate(XTI)}, {TOKEN: first})
     raise FormatError(f"{first} has embeddings for {len(rows[0])} layers; embedding files have 1, or the {len(XTI)} of SD1.x")
 
 

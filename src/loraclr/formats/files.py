@@ -214,10 +214,7 @@ def _embedding(content: object) -> Content | None:
         entries, prefix = content, embedding.LEARNED
     if not entries or not all(isinstance(key, str) and _is_plain(tensor) for key, tensor in entries.items()):
         return None
-    name = content.get("name") if prefix == embedding.TORCH else None
-    return Content(
-        {f"{prefix}{key}": tensor.detach() for key, tensor in entries.items()}, {"name": name} if isinstance(name, str) and name else {}
-    )
+    return Content({f"{prefix}{key}": tensor.detach() for key, tensor in entries.items()})
 
 
 def _is_plain(tensor: object) -> bool:

@@ -1,4 +1,4 @@
-"""Full differences: a kohya file in which every layer is `.diff`, the change itself: large, and the same whatever a loader makes of ranks."""
+"""Full differences: a kohya file in which every layer is `.diff`, the change itself: large, and nothing to get wrong."""
 
 from __future__ import annotations
 
