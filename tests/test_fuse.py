@@ -6,7 +6,7 @@ import warnings
 
 import pytest
 import torch
-from concepts import KEYS, fingerprint, three
+from concepts import KEYS, concept, fingerprint, three
 from conftest import tiny_tokenizer
 from safetensors import safe_open
 
@@ -112,16 +112,17 @@ def tiny_xl():
         transformer_layers_per_block=(1, 1, 2),
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-        cross_attention_dim=64,
+        cross_attention_dim=80,
         attention_head_dim=4,
         norm_num_groups=8,
         use_linear_projection=True,
         addition_embed_type="text_time",
         addition_time_embed_dim=8,
-        projection_class_embeddings_input_dim=80,
+        projection_class_embeddings_input_dim=96,
     )
-    shared = {"vocab_size": 514, "num_hidden_layers": 2, "num_attention_heads": 4, "hidden_size": 32, "intermediate_size": 64}
-    text = {**shared, "projection_dim": 32, "bos_token_id": 512, "eos_token_id": 513}
+    shared = {"vocab_size": 514, "num_hidden_layers": 2, "num_attention_heads": 4, "bos_token_id": 512, "eos_token_id": 513}
+    first = {**shared, "hidden_size": 32, "intermediate_size": 64}
+    second = {**shared, "hidden_size": 48, "intermediate_size": 96, "projection_dim": 48, "hidden_act": "gelu"}  # told apart by width
     vae = AutoencoderKL(
         block_out_channels=(8, 8),
         down_block_types=("DownEncoderBlock2D",) * 2,
@@ -132,8 +133,8 @@ def tiny_xl():
     )
     return StableDiffusionXLPipeline(
         vae=vae,
-        text_encoder=CLIPTextModel(CLIPTextConfig(**text)),
-        text_encoder_2=CLIPTextModelWithProjection(CLIPTextConfig(**text, hidden_act="gelu")),
+        text_encoder=CLIPTextModel(CLIPTextConfig(**first)),
+        text_encoder_2=CLIPTextModelWithProjection(CLIPTextConfig(**second)),
         tokenizer=tiny_tokenizer(),
         tokenizer_2=tiny_tokenizer(),
         unet=unet,
@@ -148,17 +149,11 @@ def test_sdxl_comes_back_whole(tmp_path):
     base = Pipeline(pipe)
     assert family_of(base) == "sdxl"
     encoder = next(name for name in base.modules if name.startswith("text_encoder_2.") and name.endswith("q_proj"))
-    ada = three_like(base, (encoder, "unet.up_blocks.1.attentions.2.transformer_blocks.0.attn2.to_v"))
+    ada = concept(base, "ada", (encoder, "unet.up_blocks.1.attentions.2.transformer_blocks.0.attn2.to_v"), rank=2, seed=1)
     path = fuse(ada, base, tmp_path / "xl.safetensors", layout="checkpoint", dtype=torch.float32)
     loaded = single(type(pipe), path, tmp_path / "config")
     with base.applied(dict(ada.layers)):
         assert_equal(loaded, pipe)
-
-
-def three_like(base: Pipeline, names):
-    from concepts import concept
-
-    return concept(base, "ada", names, rank=2, seed=1, triggers=("ada",)).with_(family="sdxl")
 
 
 def test_the_real_names_of_sd2_have_no_double_and_no_gap():

@@ -27,7 +27,10 @@ _SUBNORMAL = 2**-24 / 12**0.5 / 1e-3
 
 @dataclass(frozen=True)
 class Kept:
-    """One concept in the merged file: its strength at 1.0, and how far its layers are from its own adapter's, 0 to 1 (the base)."""
+    """One concept in the merged file: its strength at 1.0, and how far its layers are from what was meant, relative to its own change.
+
+    By features what was meant is its own adapter: 0 is its behaviour, 1 the base's. By weights it is the weighted sum of all.
+    """
 
     name: str
     meant: float
@@ -68,7 +71,8 @@ def verify(
     """Whether the file at `merged`, applied at strength 1, keeps every one of `sources`.
 
     `weights` are the strengths that were meant; by default those of the file's receipt, else 1. On a `base` strength and residual are
-    those of each concept's features; without one, of the weights themselves. NaN and infinite values are a FormatError of the reader.
+    those of each concept's features, stage by stage as they are merged, earlier stages with the merged layers; without one, of the
+    weights themselves. NaN and infinite values are a FormatError of the reader.
     Raises UsageError where a merge by features is to be judged without a base.
     """
     merged, file = Path(merged), describe(merged, base=base)
@@ -102,7 +106,8 @@ def verify(
         settings = dataclasses.replace(collection or Collection(), preserve=(), sample=0)
         stages = base.stages(list(shapes))
         for number, stage in enumerate(stages):
-            statistics = collect(base, concepts, stage, settings=settings)
+            before = {name: whole.layers[name] for one in stages[:number] for name in one if name in whole.layers}
+            statistics = collect(base, concepts, stage, settings=settings, merged=before)
             for name in stage:
                 problem = dataclasses.replace(measure.problem(name, shapes[name]), statistics=statistics[name])
                 measure.add(name, problem, whole, {one: statistics[name].fit[one].gram() for one in names})
@@ -112,7 +117,7 @@ def verify(
     for one in kept:
         if abs(one.strength - one.meant) > TOLERANCE * abs(one.meant):
             wrong.append(f"{one.name} has strength {one.strength:.2f} at 1.0 where {one.meant:g} was meant")
-        if one.residual >= 1:
+        if base is not None and one.residual >= 1:
             wrong.append(f"{one.name} is no nearer to its own adapter than the base is (residual {one.residual:.2f})")
     notes = [f"{len(extra)} layers are of none of the sources, the first is {extra[0]}"] if extra else []
     stated = whole.metadata.get("modelspec.hash_sha256", "").removeprefix("0x")
@@ -141,6 +146,7 @@ class _Measure:
         change = merged.layers[layer].delta(torch.float64).flatten(1) if layer in merged.layers else torch.zeros(problem.out, problem.width)
         own = LayerProblem(problem.layer, problem.shape, problem.concepts, problem.layers, (1.0,) * len(self.names)).deltas()
         targets, flat = torch.stack(own), change.double()
+        meant = torch.stack(problem.deltas()).sum(0)
         for index, name in enumerate(self.names):
             seen = targets if grams is None else targets @ grams[name]
             inner = torch.einsum("koi,loi->kl", seen, targets)
@@ -148,9 +154,8 @@ class _Measure:
             if size > 0:
                 self.inner[index] += inner / size
                 self.onto[index] += torch.einsum("koi,oi->k", seen, flat) / size
-                if grams is None:
-                    target = problem.delta(index)
-                    self.residuals[name][layer] = float((flat - target).norm() / target.norm())
+                if grams is None and (norm := float(problem.delta(index).norm())) > 0:
+                    self.residuals[name][layer] = float((flat - meant).norm()) / norm
         for key, value in residuals(problem, flat).items():
             kind, name = key.split("/", 1)
             if kind == "fit":

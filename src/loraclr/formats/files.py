@@ -101,7 +101,7 @@ def write(content: Content, path: Path, storage: Storage) -> None:
         _write_folder(content, path)
     else:
         data = _torch_bytes(content) if storage == "torch" else safetensors_bytes(content.tensors, content.metadata)
-        _write_file(data, path)
+        _write_file([data], path)
 
 
 def safetensors_bytes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
@@ -240,12 +240,12 @@ def _torch_bytes(content: Content) -> bytes:
     return buffer.getvalue()
 
 
-def _write_file(data: bytes | Iterable[Any], path: Path) -> None:
-    """Bytes, or an iterable of buffers that follow one another."""
+def _write_file(data: Iterable[Any], path: Path) -> None:
+    """Buffers that follow one another in the file."""
     handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     try:
         with os.fdopen(handle, "wb") as file:
-            for part in [data] if isinstance(data, bytes) else data:
+            for part in data:
                 file.write(part)
             file.flush()
             os.fsync(file.fileno())
@@ -276,8 +276,8 @@ def _write_folder(content: Content, path: Path) -> None:
                 folder = key.removesuffix(CONFIG)
                 (temporary / folder).mkdir(exist_ok=True)
                 mine = {name.removeprefix(folder): tensor for name, tensor in content.tensors.items() if name.startswith(folder)}
-                _write_file(text.encode() + b"\n", temporary / key)
-                _write_file(safetensors_bytes(mine, shared), temporary / folder / WEIGHTS)
+                _write_file([text.encode() + b"\n"], temporary / key)
+                _write_file([safetensors_bytes(mine, shared)], temporary / folder / WEIGHTS)
         os.chmod(temporary, 0o777 & ~_umask())
         if path.exists():
             old = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
