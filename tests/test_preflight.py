@@ -118,6 +118,11 @@ def test_the_base_counts(shared):
     assert [prediction(named("a", **{"modelspec.architecture": "stable-diffusion-v2-768-v/lora"})), prediction(cai)] == ["v", "v"]
 
 
+def test_names_and_doubles():
+    assert seen(named("a", "x"), named("a", "y")) == [("refuse", "name")]
+    assert seen(*(named(name, name, sshs_model_hash="1f") for name in ("ada", "ben"))) == [("warn", "name")]
+
+
 def test_a_licence_without_merges_is_a_warning():
     assert seen(named("a", "x", **{"modelspec.license": "Civitai: no merges"})) == [("warn", "licence")]
 

@@ -295,8 +295,6 @@ def _concepts(
     if weights is not None and len(weights) != len(adapters):
         raise UsageError(f"{len(adapters)} adapters and {len(weights)} weights; give one weight per adapter")
     names = [adapter.name for adapter in adapters]
-    for repeated in sorted({one for one in names if names.count(one) > 1}):
-        problems.append(f"two adapters are called {repeated!r}; rename one file")
     for unknown in sorted(set(calls) - set(names)):
         problems.append(f"a trigger was given for {unknown!r}, but the adapters are {', '.join(names)}")
     if wrong := sorted(set(allow) - set(JUDGED)):

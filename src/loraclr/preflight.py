@@ -110,6 +110,7 @@ def checks(
 ) -> Iterator[Finding]:
     """What headers, names, tokens and triggers tell; `prompted` when the merge calls its concepts in prompts."""
     calls = {adapter.name: (calls or {}).get(adapter.name) or adapter.call for adapter in adapters}
+    yield from _names(adapters)
     yield from _families(adapters)
     for finding in (*_predictions(adapters, base), *_kinds(adapters)):
         level: Level = "warn" if finding.level == "refuse" and finding.check in allow else finding.level
@@ -163,6 +164,18 @@ def _flat(shape: tuple[int, ...]) -> tuple[int, int]:
 
 def _graded(found: Sequence[Finding]) -> tuple[Finding, ...]:
     return tuple(sorted(found, key=lambda finding: ("refuse", "warn", "note").index(finding.level)))
+
+
+def _names(adapters: Sequence[Adapter]) -> Iterator[Finding]:
+    names = [adapter.name for adapter in adapters]
+    for repeated in sorted({one for one in names if names.count(one) > 1}):
+        yield Finding("refuse", "name", (repeated,), f"two adapters are called {repeated!r}; rename one file")
+    hashes: dict[str, str] = {}
+    for adapter in adapters:
+        stated = adapter.metadata.get("sshs_model_hash", "")
+        if stated and (first := hashes.setdefault(stated, adapter.name)) != adapter.name:
+            text = f"{first} and {adapter.name} hold the very same tensors; give one of them, with the weight of both"
+            yield Finding("warn", "name", (first, adapter.name), text)
 
 
 def _families(adapters: Sequence[Adapter]) -> Iterator[Finding]:

@@ -14,7 +14,7 @@ from torch import Tensor
 from loraclr.adapter import Adapter, LoraLayer
 from loraclr.collect import Collection, Concept, collect
 from loraclr.errors import LoraclrError, UsageError
-from loraclr.formats import describe, load_adapter, provenance
+from loraclr.formats import examine, load_adapter, provenance
 from loraclr.methods import make_method
 from loraclr.methods.problem import LayerProblem, residuals
 from loraclr.pipeline import Pipeline
@@ -75,8 +75,8 @@ def verify(
     weights themselves. NaN and infinite values are a FormatError of the reader.
     Raises UsageError where a merge by features is to be judged without a base.
     """
-    merged, file = Path(merged), describe(merged, base=base)
-    whole = load_adapter(merged, base=base)
+    merged = Path(merged)
+    whole, file = examine(merged, base=base)
     adapters = [load_adapter(source, base=base) for source in sources]
     names = [adapter.name for adapter in adapters]
     if not adapters or len(set(names)) < len(names):

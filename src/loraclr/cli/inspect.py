@@ -38,7 +38,7 @@ def inspect(
     """
     calls = dict(parse.pair(text, "--trigger") for text in trigger)
 
-    from loraclr.formats import describe, load_adapter
+    from loraclr.formats import examine
     from loraclr.pipeline import Pipeline
     from loraclr.preflight import preflight
 
@@ -46,13 +46,14 @@ def inspect(
     reports, adapters, failed = [], [], False
     for path in files:
         try:
-            reports.append(describe(path, base=pipeline))
-            if len(files) > 1 or base is not None or rank is not None:
-                adapters.append(load_adapter(path, base=pipeline))
+            adapter, report = examine(path, base=pipeline)
+            reports.append(report)
+            adapters.append(adapter)
         except LoraclrError as error:
             show.error(error)
             failed = True
-    before = preflight(adapters, base=pipeline, calls=calls, rank=rank, allow=allow) if adapters else None
+    several = len(files) > 1 or base is not None or rank is not None
+    before = preflight(adapters, base=pipeline, calls=calls, rank=rank, allow=allow) if several and adapters else None
     if json:
         merge = None if before is None else {"verdict": before.verdict, **dataclasses.asdict(before)}
         show.as_json({"files": [dataclasses.asdict(report) for report in reports], "merge": merge})
@@ -80,6 +81,8 @@ def _show(report: FileReport) -> None:
     table.add_row("trigger words", f"{', '.join(report.triggers) or 'none stated'}{source}")
     for token, shape in report.tokens.items():
         table.add_row("learned token", f"{token} ({'one embedding' if shape[0] == 1 else f'{shape[0]} embeddings, one per layer'})")
+    if report.licence:
+        table.add_row("licence", report.licence)
     table.add_row("sha256", report.sha256)
     if report.tensor_sha256 is not None:
         table.add_row("at Civitai", f"AutoV2 {report.sha256[:10].upper()}, AutoV3 (A1111's hash) {report.tensor_sha256[:12].upper()}")

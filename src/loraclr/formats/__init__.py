@@ -29,6 +29,7 @@ __all__ = [
     "PrecisionWarning",
     "describe",
     "detect_format",
+    "examine",
     "load_adapter",
     "save_adapter",
 ]
@@ -87,19 +88,24 @@ def detect_format(path: str | Path) -> str:
 
 def describe(path: str | Path, *, base: BaseWeights | None = None) -> FileReport:
     """Reads the whole file and says what is in it, with its SHA-256 and remarks worth a user's attention. `base` as in `load_adapter`."""
-    adapter, target, content = _load(Path(path), None, base)
+    return examine(path, base=base)[1]
+
+
+def examine(path: str | Path, *, base: BaseWeights | None = None) -> tuple[Adapter, FileReport]:
+    """What `load_adapter` and `describe` return, of one reading."""
+    path = Path(path)
+    adapter, target, content = _load(path, None, base)
     types = {str(tensor.dtype).removeprefix("torch.") for key, tensor in content.tensors.items() if not key.endswith("alpha")}
-    with files.about(Path(path)):
-        size = sum(member.stat().st_size for member in files.members(Path(path)))
-        return report(
+    with files.about(path):
+        return adapter, report(
             adapter,
-            path=Path(path),
+            path=path,
             format=target.id,
             dtypes=tuple(sorted(types)),
-            size=size,
-            sha256=files.digest(Path(path)),
-            tensor_sha256=files.tensor_digest(Path(path)),
-            trigger_source=header.triggers(content.metadata, notes.read(Path(path)))[1],
+            size=sum(member.stat().st_size for member in files.members(path)),
+            sha256=files.digest(path),
+            tensor_sha256=files.tensor_digest(path),
+            trigger_source=header.triggers(content.metadata, notes.read(path))[1],
         )
 
 

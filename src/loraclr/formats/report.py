@@ -9,6 +9,7 @@ from pathlib import Path
 
 from loraclr.adapter import Adapter, DenseLayer, LoraLayer
 from loraclr.formats import header, names
+from loraclr.formats.provenance import LICENSE
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,7 @@ class FileReport:
     dtypes: tuple[str, ...]
     tokens: Mapping[str, tuple[int, ...]]
     triggers: tuple[str, ...]
+    licence: str  # as its header states, or its page at Civitai forbids; empty without any
     size: int  # bytes, without a tokens sidecar
     sha256: str  # hex; of a folder, over its members; Civitai's AutoV2 is how it begins
     tensor_sha256: str | None  # of a .safetensors file without its header; A1111's hash and Civitai's AutoV3 are how it begins
@@ -57,6 +59,7 @@ def report(
         dtypes=dtypes,
         tokens={token: tuple(rows.shape) for token, rows in adapter.tokens.items()},
         triggers=adapter.triggers,
+        licence=adapter.metadata.get(LICENSE, ""),
         size=size,
         sha256=sha256,
         tensor_sha256=tensor_sha256,
