@@ -113,6 +113,17 @@ class TestEmbedding:
         with pytest.raises(FormatError, match="different numbers of vectors"):
             load_adapter(tmp_path / "c.safetensors")
 
+    def test_other_files_are_not_taken_for_one(self, tmp_path):
+        torch.save({f"lora_unet_mid_block.{part}": torch.ones(1, 4) for part in ("lora_down.weight", "lora_up.weight")}, tmp_path / "a.pt")
+        with pytest.raises(FormatError, match="no 'params' dictionary as ED-LoRA files do, and no embedding"):
+            load_adapter(tmp_path / "a.pt")
+        save_adapter(mixed().with_(tokens={"<rhea>": torch.ones(1, 4)}), tmp_path / "a.safetensors")
+        with pytest.raises(FormatError, match="load the file it lies beside"):
+            load_adapter(tmp_path / "a.tokens.safetensors")
+        save_file({"emb_params": torch.ones(1025, 2)}, tmp_path / "b.safetensors")
+        with pytest.raises(FormatError, match=r"shape \(1025, 2\)"):
+            load_adapter(tmp_path / "b.safetensors")
+
     def test_diffusers_loads_it(self, tiny_pipe, tmp_path):
         row = torch.randn(1, 32)
         path = save_adapter(Adapter({}, tokens={"<rhea>": row}), tmp_path / "a.safetensors", format="embedding", dtype=torch.float32)

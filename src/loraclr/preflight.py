@@ -13,11 +13,10 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from torch import Tensor
 
-from loraclr.adapter import Adapter, DenseLayer, Layer
+from loraclr.adapter import Adapter
 from loraclr.errors import LoraclrError, MergeError
-from loraclr.formats import notes, provenance
+from loraclr.formats import names, notes, provenance, reduced
 from loraclr.pipeline import Pipeline
 
 Level = Literal["refuse", "warn", "note"]
@@ -88,10 +87,10 @@ def preflight(
     found += _alone(adapters, shapes)
     losses = enough = None
     if rank is not None:
-        kept = _kept(adapters, shapes)
-        losses = {name: _lost(curve, rank) for name, curve in kept.items()}
+        kept = reduced.kept(adapters)
+        losses = {name: reduced.lost(curve, rank) for name, curve in kept.items()}
         longest = max((len(curve) for curve in kept.values()), default=1)
-        enough = next((r for r in range(1, longest + 1) if all(_lost(curve, r) <= TOLERABLE for curve in kept.values())), longest)
+        enough = next((r for r in range(1, longest + 1) if all(reduced.lost(curve, r) <= TOLERABLE for curve in kept.values())), longest)
         bad = [name for name, loss in losses.items() if loss > TOLERABLE]
         if bad:
             shown = ", ".join(f"{name} {losses[name]:.0%}" for name in bad)
@@ -111,7 +110,7 @@ def checks(
     """What headers, names, tokens and triggers tell; `prompted` when the merge calls its concepts in prompts."""
     calls = {adapter.name: (calls or {}).get(adapter.name) or adapter.call for adapter in adapters}
     yield from _names(adapters)
-    yield from _families(adapters)
+    yield from _families(adapters, base)
     for finding in (*_predictions(adapters, base), *_kinds(adapters)):
         level: Level = "warn" if finding.level == "refuse" and finding.check in allow else finding.level
         hint = f", or give --allow {finding.check} if you know better" if level == "refuse" else ""
@@ -167,8 +166,8 @@ def _graded(found: Sequence[Finding]) -> tuple[Finding, ...]:
 
 
 def _names(adapters: Sequence[Adapter]) -> Iterator[Finding]:
-    names = [adapter.name for adapter in adapters]
-    for repeated in sorted({one for one in names if names.count(one) > 1}):
+    called = [adapter.name for adapter in adapters]
+    for repeated in sorted({one for one in called if called.count(one) > 1}):
         yield Finding("refuse", "name", (repeated,), f"two adapters are called {repeated!r}; rename one file")
     hashes: dict[str, str] = {}
     for adapter in adapters:
@@ -178,12 +177,17 @@ def _names(adapters: Sequence[Adapter]) -> Iterator[Finding]:
             yield Finding("warn", "name", (first, adapter.name), text)
 
 
-def _families(adapters: Sequence[Adapter]) -> Iterator[Finding]:
+def _families(adapters: Sequence[Adapter], base: Pipeline | None) -> Iterator[Finding]:
     families = sorted({adapter.family for adapter in adapters if adapter.family})
+    stated = tuple(adapter.name for adapter in adapters if adapter.family)
     if len(families) > 1:
-        names = tuple(adapter.name for adapter in adapters if adapter.family)
         text = f"the adapters belong to different model families ({', '.join(families)}); merge those of one family"
-        yield Finding("refuse", "family", names, text)
+        yield Finding("refuse", "family", stated, text)
+    elif base is not None and families:
+        ours = names.guess_family({name: tuple(base.base_weight(name).shape) for name in base.modules})
+        if ours and families[0] != ours and families[0] in names.FAMILIES:
+            text = f"the adapters are for {families[0]} models and the base is one of {ours}; give the base they were made for"
+            yield Finding("refuse", "family", stated, text)
 
 
 def prediction(adapter: Adapter) -> str | None:
@@ -282,43 +286,3 @@ def _alone(adapters: Sequence[Adapter], shapes: Mapping[str, tuple[int, ...]]) -
             by = ", ".join(f"{count} {component}" for component, count in sorted(Counter(name.split(".", 1)[0] for name in mine).items()))
             text = f"{adapter.name} alone changes {len(mine)} of {len(shapes)} layers ({by}); there the others ask for no change"
             yield Finding("note", "layers", (adapter.name,), text)
-
-
-def _kept(adapters: Sequence[Adapter], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
-    """By adapter, the share of its change, squared, that the best rank 1, 2, ... of all changes side by side keeps.
-
-    Direction k is the k-th left singular vector of [D_1 ... D_N]. With D_i = L_i Q_i^T, Q_i orthonormal, and L = [L_1 ... L_N], let V_k be
-    the k-th eigenvector of L^T L: then direction k keeps its eigenvalue times |V_k|^2 over L_i's part of D_i.
-    """
-    curves: dict[str, Tensor] = {adapter.name: torch.zeros(0, dtype=torch.float64) for adapter in adapters}
-    for name in shapes:
-        left = {adapter.name: _left(adapter.layers[name]) for adapter in adapters if name in adapter.layers}
-        stacked = torch.cat(list(left.values()), dim=1)
-        values, vectors = torch.linalg.eigh(stacked.T @ stacked)
-        values, vectors = values.flip(0).clamp(min=0), vectors.flip(1)
-        start = 0
-        for adapter, part in left.items():
-            mine = values * vectors[start : start + part.shape[1]].square().sum(0)
-            start += part.shape[1]
-            sums, before = mine.cumsum(0), curves[adapter]
-            length = max(len(sums), len(before))
-            curves[adapter] = _stretched(before, length) + _stretched(sums, length)
-    return {name: curve / curve[-1] for name, curve in curves.items() if len(curve) and curve[-1] > 0}
-
-
-def _stretched(curve: Tensor, length: int) -> Tensor:
-    last = curve[-1:] if len(curve) else torch.zeros(1, dtype=torch.float64)
-    return torch.cat([curve, last.expand(length - len(curve))])
-
-
-def _left(layer: Layer) -> Tensor:
-    """L (out, k) with D = L Q^T, Q orthonormal."""
-    if isinstance(layer, DenseLayer):
-        upper: Tensor = torch.linalg.qr(layer.delta(torch.float64).flatten(1).T, mode="r").R
-        return upper.T
-    upper = torch.linalg.qr(layer.down.flatten(1).double().T, mode="r").R
-    return layer.up.flatten(1).double() @ upper.T * layer.scale
-
-
-def _lost(curve: Tensor, rank: int) -> float:
-    return float((1 - curve[min(rank, len(curve)) - 1]).clamp(min=0).sqrt())

@@ -7,7 +7,7 @@ token as its key. P+ has a tensor for each cross-attention layer, `IN01` ... `MI
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 
 import torch
 from torch import Tensor
@@ -21,18 +21,24 @@ storage: Storage = "file"
 holds_tokens: bool = True
 
 NAMELESS = "*"  # a token that is called as its file is
+SIDECAR = "loraclr.tokens"  # header entry of the tokens that lie beside an adapter, which are no file of their own
 TOKEN = "loraclr.token"  # header entry: what it is called in spite of that
 ONE = "emb_params"
 XTI = (*(f"IN{n:02}" for n in (1, 2, 4, 5, 7, 8)), "MID", *(f"OUT{n:02}" for n in range(3, 12)))
 TORCH = "string_to_param/"  # how `files` hands on an older .pt
-LEARNED = "learned_embeds/"  # and any other flat dictionary of tensors
+LEARNED = "learned_embeds/"  # and any other .pt or .bin of an embedding
+_MOST = 1024  # vectors of a token; a prompt has 75
 
 
 def detect(keys: Iterable[str], metadata: Mapping[str, str]) -> bool:
-    keys = set(keys)
-    tokens = bool(keys) and all(key.startswith("<") and key.endswith(">") for key in keys)
-    alone = keys <= {ONE, "clip_l", "clip_g", "t5xxl"} or keys == set(XTI)
-    return (bool(keys) and alone) or tokens or any(key.startswith((TORCH, LEARNED)) for key in keys)
+    keys = list(keys)
+    return SIDECAR not in metadata and (known(keys) or any(key.startswith((TORCH, LEARNED)) for key in keys))
+
+
+def known(keys: Collection[str]) -> bool:
+    """Whether these keys alone show an embedding: names that are used for nothing else, or tokens in angle brackets."""
+    tokens = all(key.startswith("<") and key.endswith(">") for key in keys)
+    return bool(keys) and (tokens or set(keys) <= {ONE, "clip_l", "clip_g", "t5xxl"} or set(keys) == set(XTI))
 
 
 def read(content: Content, base: BaseWeights | None = None) -> Adapter:
@@ -81,6 +87,6 @@ def _numbered(name: str, index: int) -> str:
 
 def _rows(key: str, tensor: Tensor) -> Tensor:
     rows = tensor if tensor.ndim > 1 else tensor[None]
-    if rows.ndim != 2 or 0 in rows.shape:
+    if rows.ndim != 2 or 0 in rows.shape or len(rows) > _MOST:
         raise FormatError(f"{key} has shape {tuple(tensor.shape)}; expected (vectors, dim), so the file is damaged")
     return rows

@@ -205,14 +205,14 @@ def _read_torch(path: Path) -> Content:
 
 
 def _embedding(content: object) -> Content | None:
-    """A Textual Inversion: A1111's `string_to_param`, or a flat dictionary of tensors alone; None for anything else."""
-    if not isinstance(content, dict) or not content:
+    """A Textual Inversion: A1111's `string_to_param`, or tensors under its keys, or a single one; None for anything else."""
+    if not isinstance(content, dict):
         return None
-    if isinstance(params := content.get("string_to_param"), dict):
-        entries, prefix = params, embedding.TORCH
-    else:
-        entries, prefix = content, embedding.LEARNED
+    old = isinstance(params := content.get("string_to_param"), dict)
+    entries, prefix = (params, embedding.TORCH) if old else (content, embedding.LEARNED)
     if not entries or not all(isinstance(key, str) and _is_plain(tensor) for key, tensor in entries.items()):
+        return None
+    if not (old or len(entries) == 1 or embedding.known(list(entries))):
         return None
     return Content({f"{prefix}{key}": tensor.detach() for key, tensor in entries.items()})
 
