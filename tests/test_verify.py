@@ -64,6 +64,16 @@ def test_missing_and_foreign_layers(files, tmp_path, shared):
     assert len(found.extra) == 6 and any("of none of the sources" in note for note in found.notes)
 
 
+def test_lost_and_foreign_tokens(files, tmp_path):
+    path = saved(files, tmp_path)
+    beside = tmp_path / "merged.tokens.safetensors"
+    tokens = load_file(beside)
+    save_file({"<ben>": tokens["<ben>"] + 1}, beside, {"loraclr.tokens": "1"})
+    assert any("the learned tokens <ben> are missing or others" in wrong for wrong in verify(path, files).wrong)
+    beside.unlink()
+    assert len(verify(path, files).wrong) == 1
+
+
 def test_underflow_by_hand(tmp_path):
     """Numbers of 1e-6 are 17 of the smallest steps of half precision: about a sixtieth is lost. Those of 1e-4 keep their three digits."""
     for size, lost in ((1e-4, ()), (1e-6, (KEYS[0],))):
@@ -104,6 +114,7 @@ def test_by_features_a_merge_by_features_keeps_what_an_average_loses(files, tmp_
     average = verify(saved(files, tmp_path, "average"), files, base=shared, collection=SMALL)
     assert all(one.residual < other.residual for one, other in zip(kept.concepts, average.concepts, strict=True))
     assert not average.good and all(one.strength < 0.5 for one in average.concepts)
+    assert kept.good, kept.wrong
     assert all(0.5 < one.strength < 1.25 for one in kept.concepts)
 
 

@@ -14,13 +14,14 @@ from torch import Tensor
 from loraclr.adapter import Adapter, LoraLayer
 from loraclr.collect import Collection, Concept, collect
 from loraclr.errors import LoraclrError, UsageError
-from loraclr.formats import examine, load_adapter, provenance
+from loraclr.formats import FileReport, examine, load_adapter, provenance
 from loraclr.methods import make_method
 from loraclr.methods.problem import LayerProblem, residuals
 from loraclr.pipeline import Pipeline
 from loraclr.preflight import check_fit, union
 
-TOLERANCE = 0.25  # of a strength, either way
+# Of a strength, either way. A merge by features gives up some of it to keep concepts apart and other pictures as they were.
+TOLERANCE, BY_FEATURES = 0.25, 0.5
 # In half precision an entry below 6e-5 is rounded to a multiple of 2^-24. Entries of this root mean square lose a thousandth by that.
 _SUBNORMAL = 2**-24 / 12**0.5 / 1e-3
 
@@ -72,8 +73,8 @@ def verify(
 
     `weights` are the strengths that were meant; by default those of the file's receipt, else 1. On a `base` strength and residual are
     those of each concept's features, stage by stage as they are merged, earlier stages with the merged layers; without one, of the
-    weights themselves. NaN and infinite values are a FormatError of the reader.
-    Raises UsageError where a merge by features is to be judged without a base.
+    weights themselves. What was not merged by features is judged by its weights, which are exact, and on a base by its residuals too.
+    NaN and infinite values are a FormatError of the reader. Raises UsageError where a merge by features is to be judged without a base.
     """
     merged = Path(merged)
     whole, file = examine(merged, base=base)
@@ -88,43 +89,68 @@ def verify(
     if len(meant) != len(adapters):
         raise UsageError(f"{len(adapters)} sources and {len(meant)} weights; give one for each")
     shapes = union(adapters)
-    missing, extra = sorted(shapes.keys() - whole.layers.keys()), sorted(whole.layers.keys() - shapes.keys())
-    wrong = [f"{len(missing)} layers are missing, the first is {missing[0]}"] if missing else []
-    underflow = sorted(layer.name for layer in whole if isinstance(layer, LoraLayer) and _underflows(layer))
-    if underflow:
-        wrong.append(f"{len(underflow)} layers underflow in half precision, the first is {underflow[0]}; write it in fp32")
     union([*adapters, whole])
-    measure = _Measure(names, adapters, meant)
-    if base is None:
-        for name, shape in shapes.items():
-            measure.add(name, measure.problem(name, shape), whole, None)
-    else:
-        check_fit(shapes, base)
-        concepts = [Concept(one, (calls or {}).get(one.name) or one.call, weight) for one, weight in zip(adapters, meant, strict=True)]
-        if silent := [concept.name for concept in concepts if not concept.call]:
-            raise UsageError(f"{', '.join(silent)} says no trigger words; give them with --trigger {silent[0]}=WORDS")
+    missing, extra = sorted(shapes.keys() - whole.layers.keys()), sorted(whole.layers.keys() - shapes.keys())
+    underflow = sorted(layer.name for layer in whole if isinstance(layer, LoraLayer) and _underflows(layer))
+    by_features = "statistics" in _needs(receipt)
+    plain = _Measure(names, adapters, meant)
+    for name in [] if by_features else shapes:
+        plain.add(name, plain.problem(name, shapes[name]), whole, None)
+    measure = plain
+    if base is not None:
         settings = dataclasses.replace(collection or Collection(), preserve=(), sample=0)
-        stages = base.stages(list(shapes))
-        for number, stage in enumerate(stages):
-            before = {name: whole.layers[name] for one in stages[:number] for name in one if name in whole.layers}
-            statistics = collect(base, concepts, stage, settings=settings, merged=before)
-            for name in stage:
-                problem = dataclasses.replace(measure.problem(name, shapes[name]), statistics=statistics[name])
-                measure.add(name, problem, whole, {one: statistics[name].fit[one].gram() for one in names})
-            if progress:
-                progress("measuring", (number + 1) / len(stages))
+        measure = _featured(_Measure(names, adapters, meant), whole, shapes, base, calls or {}, settings, progress)
     kept = measure.kept()
-    for one in kept:
-        if abs(one.strength - one.meant) > TOLERANCE * abs(one.meant):
-            wrong.append(f"{one.name} has strength {one.strength:.2f} at 1.0 where {one.meant:g} was meant")
+    wrong = _misshapen(whole, adapters, file, missing, underflow)
+    for one, exact in zip(kept, kept if by_features else plain.kept(), strict=True):
+        if abs(exact.strength - exact.meant) > (BY_FEATURES if by_features else TOLERANCE) * abs(exact.meant):
+            wrong.append(f"{one.name} has strength {exact.strength:.2f} at 1.0 where {one.meant:g} was meant")
         if base is not None and one.residual >= 1:
             wrong.append(f"{one.name} is no nearer to its own adapter than the base is (residual {one.residual:.2f})")
     notes = [f"{len(extra)} layers are of none of the sources, the first is {extra[0]}"] if extra else []
+    space = "weights" if base is None else "features"
+    return Verification(merged, space, kept, tuple(missing), tuple(extra), tuple(underflow), tuple(wrong), (*notes, *file.warnings))
+
+
+def _misshapen(whole: Adapter, adapters: Sequence[Adapter], file: FileReport, missing: list[str], underflow: list[str]) -> list[str]:
+    """What is wrong with the file whatever it does."""
+    wrong = [f"{len(missing)} layers are missing, the first is {missing[0]}"] if missing else []
+    if underflow:
+        wrong.append(f"{len(underflow)} layers underflow in half precision, the first is {underflow[0]}; write it in fp32")
+    tokens = {token: rows for adapter in adapters for token, rows in adapter.tokens.items()}
+    if lost := [token for token, rows in tokens.items() if token not in whole.tokens or not torch.equal(whole.tokens[token], rows)]:
+        wrong.append(f"the learned tokens {', '.join(lost)} are missing or others; keep the .tokens.safetensors of the merge beside it")
     stated = whole.metadata.get("modelspec.hash_sha256", "").removeprefix("0x")
     if stated and file.tensor_sha256 and stated != file.tensor_sha256:
         wrong.append("its header was written for other tensors (modelspec.hash_sha256 differs)")
-    space = "weights" if base is None else "features"
-    return Verification(merged, space, kept, tuple(missing), tuple(extra), tuple(underflow), tuple(wrong), (*notes, *file.warnings))
+    return wrong
+
+
+def _featured(
+    measure: _Measure,
+    whole: Adapter,
+    shapes: Mapping[str, tuple[int, ...]],
+    base: Pipeline,
+    calls: Mapping[str, str],
+    settings: Collection,
+    progress: Callable[[str, float], None] | None,
+) -> _Measure:
+    """`measure` with all layers, on the features of `base`."""
+    check_fit(shapes, base)
+    named = zip(measure.adapters, measure.weights, strict=True)
+    concepts = [Concept(adapter, calls.get(adapter.name) or adapter.call, weight) for adapter, weight in named]
+    if silent := [concept.name for concept in concepts if not concept.call]:
+        raise UsageError(f"{', '.join(silent)} says no trigger words; give them with --trigger {silent[0]}=WORDS")
+    stages = base.stages(list(shapes))
+    for number, stage in enumerate(stages):
+        before = {name: whole.layers[name] for one in stages[:number] for name in one if name in whole.layers}
+        statistics = collect(base, concepts, stage, settings=settings, merged=before)
+        for name in stage:
+            problem = dataclasses.replace(measure.problem(name, shapes[name]), statistics=statistics[name])
+            measure.add(name, problem, whole, {one: statistics[name].fit[one].gram() for one in measure.names})
+        if progress:
+            progress("measuring", (number + 1) / len(stages))
+    return measure
 
 
 class _Measure:
