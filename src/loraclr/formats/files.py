@@ -137,7 +137,7 @@ def write_large(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], path
 
 
 def tensors_of(path: Path) -> dict[str, Tensor]:
-    """What a .safetensors file of ours holds, unchecked, each tensor read when this is called."""
+    """What a .safetensors file of our own making holds, unchecked."""
     return safetensors.torch.load_file(path)
 
 
