@@ -77,8 +77,9 @@ def test_a_fast_word_in_a_concepts_name_is_only_a_warning():
 
 
 def test_an_unknown_allowance_is_an_error():
-    with pytest.raises(MergeError, match="nothing is refused for 'all'; allow one of distilled"):
+    with pytest.raises(MergeError, match="nothing that can be allowed is called 'all'; allow one of distilled"):
         merge([named("a", "x")], method="average", allow=["all"])
+    assert seen(named("a", "x"), allow=["all"]) == [("refuse", "allow")]
 
 
 @pytest.mark.parametrize(

@@ -30,7 +30,7 @@ from loraclr.methods import make_method
 from loraclr.methods.problem import AdapterMethod, LayerProblem, LayerSolution, Method, residuals
 from loraclr.pipeline import Pipeline
 from loraclr.predictions import model_problem
-from loraclr.preflight import JUDGED, check_fit, checks, union
+from loraclr.preflight import check_fit, checks, union
 from loraclr.statistics import LayerStats
 
 
@@ -297,8 +297,6 @@ def _concepts(
     names = [adapter.name for adapter in adapters]
     for unknown in sorted(set(calls) - set(names)):
         problems.append(f"a trigger was given for {unknown!r}, but the adapters are {', '.join(names)}")
-    if wrong := sorted(set(allow) - set(JUDGED)):
-        problems.append(f"nothing is refused for {wrong[0]!r}; allow one of {', '.join(JUDGED)}")
     found = list(checks(adapters, base=base, calls=calls, prompted=needed, allow=allow))
     problems += [finding.message for finding in found if finding.level == "refuse"]
     if problems:

@@ -109,6 +109,8 @@ def checks(
 ) -> Iterator[Finding]:
     """What headers, names, tokens and triggers tell; `prompted` when the merge calls its concepts in prompts."""
     calls = {adapter.name: (calls or {}).get(adapter.name) or adapter.call for adapter in adapters}
+    if wrong := sorted(set(allow) - set(JUDGED)):
+        yield Finding("refuse", "allow", (), f"nothing that can be allowed is called {wrong[0]!r}; allow one of {', '.join(JUDGED)}")
     yield from _names(adapters)
     yield from _families(adapters, base)
     for finding in (*_predictions(adapters, base), *_kinds(adapters)):
