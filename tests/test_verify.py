@@ -111,6 +111,12 @@ def test_by_features_a_merge_by_features_keeps_what_an_average_loses(files, tmp_
     with pytest.raises(UsageError, match="merged by features .loraclr., which only a base can show; pass --base"):
         verify(merged, files)
     kept = verify(merged, files, base=shared, collection=SMALL)
+    halved = rewritten(
+        merged,
+        lambda t: {key: v / 2 if key.endswith("lora_up.weight") else v for key, v in t.items()},
+        {"loraclr.receipt": load_adapter(merged).metadata["loraclr.receipt"]},
+    )
+    assert any("where its receipt says" in wrong for wrong in verify(halved, files, base=shared, collection=SMALL).wrong)
     average = verify(saved(files, tmp_path, "average"), files, base=shared, collection=SMALL)
     assert all(one.residual < other.residual for one, other in zip(kept.concepts, average.concepts, strict=True))
     assert not average.good and all(one.strength < 0.5 for one in average.concepts)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from loraclr.adapter import Adapter, LoraLayer
-from loraclr.collect import Collection, Concept, collect
+from loraclr.collect import PAPER, Collection, Concept, collect
 from loraclr.errors import LoraclrError, UsageError
 from loraclr.formats import FileReport, examine, load_adapter, provenance
 from loraclr.methods import make_method
@@ -20,8 +20,8 @@ from loraclr.methods.problem import LayerProblem, residuals
 from loraclr.pipeline import Pipeline
 from loraclr.preflight import check_fit, union
 
-# Of a strength, either way. A merge by features gives up some of it to keep concepts apart and other pictures as they were.
-TOLERANCE, BY_FEATURES = 0.25, 0.5
+TOLERANCE = 0.25  # of a strength, either way
+SLACK = 0.05  # of the mean residual, above what a merge by features measured itself
 # In half precision an entry below 6e-5 is rounded to a multiple of 2^-24. Entries of this root mean square lose a thousandth by that.
 _SUBNORMAL = 2**-24 / 12**0.5 / 1e-3
 
@@ -73,7 +73,8 @@ def verify(
 
     `weights` are the strengths that were meant; by default those of the file's receipt, else 1. On a `base` strength and residual are
     those of each concept's features, stage by stage as they are merged, earlier stages with the merged layers; without one, of the
-    weights themselves. What was not merged by features is judged by its weights, which are exact, and on a base by its residuals too.
+    weights themselves. What was not merged by features is judged by its weights, which are exact, and on a base by its residuals too;
+    a merge by features, which trades strength for keeping concepts apart, by residuals alone and by those in its receipt.
     NaN and infinite values are a FormatError of the reader. Raises UsageError where a merge by features is to be judged without a base.
     """
     merged = Path(merged)
@@ -98,15 +99,18 @@ def verify(
         plain.add(name, plain.problem(name, shapes[name]), whole, None)
     measure = plain
     if base is not None:
-        settings = dataclasses.replace(collection or Collection(), preserve=(), sample=0)
+        settings = collection or _collected(receipt)
         measure = _featured(_Measure(names, adapters, meant), whole, shapes, base, calls or {}, settings, progress)
     kept = measure.kept()
     wrong = _misshapen(whole, adapters, file, missing, underflow)
-    for one, exact in zip(kept, kept if by_features else plain.kept(), strict=True):
-        if abs(exact.strength - exact.meant) > (BY_FEATURES if by_features else TOLERANCE) * abs(exact.meant):
+    for one, exact in zip(kept, plain.kept(), strict=True):
+        if not by_features and abs(exact.strength - exact.meant) > TOLERANCE * abs(exact.meant):
             wrong.append(f"{one.name} has strength {exact.strength:.2f} at 1.0 where {one.meant:g} was meant")
         if base is not None and one.residual >= 1:
             wrong.append(f"{one.name} is no nearer to its own adapter than the base is (residual {one.residual:.2f})")
+    promised, mean = _promised(receipt), measure.mean()
+    if by_features and promised is not None and mean > promised + SLACK:
+        wrong.append(f"the mean residual is {mean:.2f} where its receipt says {promised:.2f}: the file was changed, or the base is another")
     notes = [f"{len(extra)} layers are of none of the sources, the first is {extra[0]}"] if extra else []
     space = "weights" if base is None else "features"
     return Verification(merged, space, kept, tuple(missing), tuple(extra), tuple(underflow), tuple(wrong), (*notes, *file.warnings))
@@ -187,6 +191,11 @@ class _Measure:
             if kind == "fit":
                 self.residuals[name][layer] = value
 
+    def mean(self) -> float:
+        """Of all residuals, as `MergeResult.mean_residual`."""
+        values = [value for mine in self.residuals.values() for value in mine.values()]
+        return sum(values) / len(values) if values else 0.0
+
     def kept(self) -> tuple[Kept, ...]:
         found = []
         for index, name in enumerate(self.names):
@@ -217,6 +226,19 @@ def _needs(receipt: Mapping[str, object]) -> frozenset[str]:
         return make_method(str(receipt["method"])).needs if "method" in receipt else frozenset()
     except LoraclrError:  # of a later version
         return frozenset()
+
+
+def _collected(receipt: Mapping[str, object]) -> Collection:
+    """What a merge by this method and seed collects for itself, without what only it needs."""
+    usual = PAPER if {"rows", "short"} & _needs(receipt) else Collection()
+    seed = receipt.get("seed")
+    return dataclasses.replace(usual, preserve=(), sample=0, held_out=(), seed=seed if isinstance(seed, int) and seed >= 0 else 0)
+
+
+def _promised(receipt: Mapping[str, object]) -> float | None:
+    residual = receipt.get("residual")
+    fit = residual.get("fit") if isinstance(residual, dict) else None
+    return float(fit) if isinstance(fit, int | float) else None
 
 
 def _meant(receipt: Mapping[str, object], name: str) -> float:
