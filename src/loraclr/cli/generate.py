@@ -5,15 +5,12 @@ from __future__ import annotations
 import re
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from loraclr.cli import parse, show
 from loraclr.errors import UsageError
-
-if TYPE_CHECKING:
-    from loraclr.generate import Generated
 
 
 def generate(
@@ -71,21 +68,12 @@ def generate(
             callback=lambda done, total: tell("drawing", done / total),
         )
         output.mkdir(parents=True, exist_ok=True)
-        made = [{"file": str(_write(picture, path)), **picture.settings} for path, picture in zip(paths, pictures, strict=True)]
+        made = [{"file": str(picture.save(path)), **picture.settings} for path, picture in zip(paths, pictures, strict=True)]
     if json:
         show.as_json(made)
     else:
         for picture in made:
             show.out.print(f"written: {picture['file']}", markup=False)
-
-
-def _write(picture: Generated, path: Path) -> Path:
-    """Whole or not at all, also when interrupted."""
-    part = path.with_name(f".{path.stem}.part.png")
-    try:
-        return picture.save(part).replace(path)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def _paths(folder: Path, prompts: list[str], seeds: list[int]) -> list[Path]:

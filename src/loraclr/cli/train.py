@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from loraclr import disk
 from loraclr.cli import parse, show
 from loraclr.cli.methods import present, record
 from loraclr.errors import UsageError
@@ -64,6 +65,7 @@ def train(
     """
     form = format or ("edlora" if output.suffix in ENDINGS["edlora"] else "kohya")
     _check_output(output, form, force=force)
+    parse.hold(disk.reserved(output))
 
     import torch
 
