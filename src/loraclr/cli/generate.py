@@ -5,12 +5,16 @@ from __future__ import annotations
 import re
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from loraclr import disk
 from loraclr.cli import parse, show
 from loraclr.errors import UsageError
+
+if TYPE_CHECKING:
+    from loraclr.generate import Generated
 
 
 def generate(
@@ -68,12 +72,17 @@ def generate(
             callback=lambda done, total: tell("drawing", done / total),
         )
         output.mkdir(parents=True, exist_ok=True)
-        made = [{"file": str(picture.save(path)), **picture.settings} for path, picture in zip(paths, pictures, strict=True)]
+        made = [{"file": str(_write(picture, path)), **picture.settings} for path, picture in zip(paths, pictures, strict=True)]
     if json:
         show.as_json(made)
     else:
         for picture in made:
             show.out.print(f"written: {picture['file']}", markup=False)
+
+
+def _write(picture: Generated, path: Path) -> Path:
+    with disk.reserved(path):
+        return picture.save(path)
 
 
 def _paths(folder: Path, prompts: list[str], seeds: list[int]) -> list[Path]:
