@@ -106,6 +106,12 @@ def reserved(path: str | Path, *beside: Path) -> Iterator[None]:
         yield
 
 
+def make_folder(path: Path) -> None:
+    """The folder `path` and those it lies in, where they are missing."""
+    with _told(path):
+        path.mkdir(parents=True, exist_ok=True)
+
+
 @contextmanager
 def folder(path: str | Path) -> Iterator[Path]:
     """The folder `path`, made if missing, in which nobody else works meanwhile: `reserved` for all that is in it.
@@ -114,8 +120,7 @@ def folder(path: str | Path) -> Iterator[Path]:
     """
     path = Path(path)
     made = not path.exists()
-    with _told(path):
-        path.mkdir(parents=True, exist_ok=True)
+    make_folder(path)
     try:
         with _locked(path, path.resolve() / ".lock") as first:
             if first:

@@ -39,7 +39,7 @@ class Generated:
             raise UsageError(f"{target.name!r} is not a PNG name, and only PNG keeps the settings; end it with .png")
         text = PngInfo()
         text.add_text("loraclr", json.dumps(dict(self.settings)))
-        target.parent.mkdir(parents=True, exist_ok=True)
+        disk.make_folder(target.parent)
         with disk.whole(target) as part:
             self.image.save(part, format="PNG", pnginfo=text)
         return target

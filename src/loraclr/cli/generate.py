@@ -71,7 +71,7 @@ def generate(
             batch_size=batch,
             callback=lambda done, total: tell("drawing", done / total),
         )
-        output.mkdir(parents=True, exist_ok=True)
+        disk.make_folder(output)
         made = [{"file": str(_write(picture, path)), **picture.settings} for path, picture in zip(paths, pictures, strict=True)]
     if json:
         show.as_json(made)

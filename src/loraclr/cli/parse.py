@@ -143,6 +143,8 @@ def check_output(output: Path, format: str, beside: Sequence[Path], *, force: bo
         raise UsageError(f"--output {output}: format {format} is {made}")
     if not output.parent.is_dir():
         raise UsageError(f"--output {output}: there is no folder {output.parent}; make it first")
+    if output.exists() and output.is_dir() != (endings == ("",)):
+        raise UsageError(f"--output {output}: {output.name} is a {'folder' if output.is_dir() else 'file'}; give another name")
     taken = [path.name for path in (output, *beside) if path.exists()]
     if taken and not force:
         raise UsageError(f"--output {output}: {', '.join(taken)} exists already; give another name, or --force to replace")

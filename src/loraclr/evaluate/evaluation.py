@@ -113,7 +113,7 @@ class Evaluation:
     def save(self, path: str | Path) -> Path:
         """Whole or not at all."""
         target = Path(path)
-        target.parent.mkdir(parents=True, exist_ok=True)
+        disk.make_folder(target.parent)
         disk.write(target, json.dumps(self.report(), indent=1, allow_nan=False) + "\n")
         return target
 

@@ -91,6 +91,9 @@ def evaluate(
     shown = root / "pictures"
     labels: list[tuple[str, Variant | None]] = [(BASE, None), *wanted.items()]
     unlike = {id(adapter): adapter for variant in wanted.values() for adapter in map(variant.of, (one.name for one in subjects))}
+    for each in unlike.values():
+        with pipeline.applied(each):
+            pass  # one that does not fit the base is an error before anything is drawn
     digests = {number: _digest(adapter) for number, adapter in unlike.items()}
     with disk.folder(root):
         for label, variant in labels:

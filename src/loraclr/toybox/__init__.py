@@ -89,9 +89,12 @@ class Toybox:
         paths = self.adapter_paths(split)
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise UsageError(f"{folder} exists and is not an empty folder; give another one")
-        folder.parent.mkdir(parents=True, exist_ok=True)
+        disk.make_folder(folder.parent)
         with disk.reserved(folder), disk.whole(folder) as part:
-            shutil.copytree(self.base_path, part / "base")
+            for file in filter(Path.is_file, sorted(self.base_path.rglob("*"))):  # copytree hides what the system said
+                target = part / "base" / file.relative_to(self.base_path)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy(file, target)
             (part / "loras").mkdir()
             for name, path in paths.items():
                 shutil.copy(path, part / "loras" / path.name)

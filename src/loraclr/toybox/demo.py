@@ -105,7 +105,7 @@ def run_demo(output: Path, *, split: str = "test", console: Console | None = Non
     """
     console = console or Console()
     began = time.perf_counter()
-    output.mkdir(parents=True, exist_ok=True)
+    disk.make_folder(output)
     box = open_toybox()
     paths = box.adapter_paths(split)
     columns = (TextColumn("{task.description:<34}"), BarColumn(), TextColumn("{task.percentage:>3.0f} %"), TimeElapsedColumn())

@@ -73,7 +73,7 @@ class WorkFolder:
         self._write(path, image.save)
 
     def _write(self, path: Path, write: Callable[[Path], object]) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        disk.make_folder(path.parent)
         with disk.whole(path) as part:
             write(part)
 
