@@ -153,13 +153,13 @@ def earlier(command: str, world: Path, output: Path) -> list[str]:
 # ---- the disk
 
 
-@pytest.mark.parametrize("command", [name for name in OUTPUTS if name != "demo"])
-@pytest.mark.parametrize("left", [0, 4], ids=["no room", "room for something"])
+@pytest.mark.parametrize(
+    ("command", "left"),  # kB; a picture of the tiny model has room in 4, and the demonstration takes minutes
+    [(name, left) for name in OUTPUTS for left in (0, 4) if name != "demo" and (name, left) != ("generate", 4)],
+)
 def test_a_full_disk_loses_nothing(command, left, refused, mounted, world):
     folder = mounted("size=600k")
     output = folder / OUTPUTS[command]
-    if left and command == "generate":
-        pytest.skip("its picture has room")
     more = earlier(command, world, output)
     with contextlib.suppress(OSError), (folder / "filler").open("wb", buffering=0) as filler:
         while True:
