@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import shutil
-import tempfile
 from pathlib import Path
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from loraclr import disk
 from loraclr.adapter import Adapter
 from loraclr.errors import FormatError, UsageError
 from loraclr.formats import files, header, names, sidecar, single_file
@@ -33,7 +31,8 @@ def fuse(
 
     `fused` is a folder as diffusers saves it, `checkpoint` one .safetensors in the original layout of SD1.x, SD2.x and SDXL, as A1111 and
     ComfyUI load it. Either appears whole or not at all. Learned tokens go to `NAME.tokens.safetensors` beside it. Raises FormatError for
-    a path or a family that does not suit, PipelineError for layers that the base does not have, UsageError for values beyond `dtype`.
+    a path or a family that does not suit, PipelineError for layers that the base does not have, UsageError for values beyond `dtype`,
+    WriteError where the system refuses.
     """
     path = Path(path)
     with files.about(path):
@@ -44,11 +43,13 @@ def fuse(
             raise FormatError("exists already, and a model's folder is never replaced; give another name")
         with base.applied(dict(adapter.layers), scale=strength):
             _check(base, dtype)
-            with sidecar.written(adapter.tokens, path):
+            with disk.reserved(path, sidecar.path_for(path)), disk.together():
+                sidecar.write(adapter.tokens, path)
                 if layout == "checkpoint":
                     files.write_large(_checkpoint(base, dtype), _about(adapter, family_of(base)), path)
                 else:
-                    _folder(base, path, dtype)
+                    with disk.whole(path) as part:
+                        _folder(base, part, dtype)
     return path
 
 
@@ -85,17 +86,10 @@ def _checkpoint(base: Pipeline, dtype: torch.dtype) -> dict[str, Tensor]:
 
 
 def _folder(base: Pipeline, path: Path, dtype: torch.dtype) -> None:
-    """A half-precision copy of each component in turn is what `save_pretrained` writes; nothing of `base` is cast in place."""
-    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
-    try:
-        with silenced():
-            base.pipe.save_pretrained(temporary / "model")
-        for file in sorted((temporary / "model").rglob("*.safetensors")):
-            files.write_large(
-                {key: tensor.to(dtype) for key, tensor in files.tensors_of(file).items()},
-                {"format": "pt"},
-                file,
-            )
-        os.replace(temporary / "model", path)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    """Saved as it is and then each file cast: nothing of `base` is cast in place."""
+    with silenced():
+        base.pipe.save_pretrained(path)
+    for file in sorted(path.rglob("*.safetensors")):
+        cast = file.with_suffix(".cast")  # never into the file itself: tensors that were not cast still lie in it
+        files.stream({key: tensor.to(dtype) for key, tensor in files.tensors_of(file).items()}, {"format": "pt"}, cast)
+        cast.replace(file)

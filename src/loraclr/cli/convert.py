@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
+from loraclr import disk
 from loraclr.cli import parse, show
 from loraclr.errors import UsageError
 
@@ -42,6 +43,7 @@ def convert(
         raise UsageError(f"--to {to} is the base model with the adapter in it; give --base")
     if output.resolve() == file.resolve():
         raise UsageError(f"--output {output} is the file to convert; give another name")
+    parse.hold(disk.reserved(output, tokens))
 
     import torch
 
