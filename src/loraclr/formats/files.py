@@ -138,7 +138,7 @@ def stream(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], path: Pat
         entries[key] = {"dtype": _NAMES[tensors[key].dtype], "shape": list(tensors[key].shape), "data_offsets": [begin, end]}
     header = json.dumps(entries, separators=(",", ":")).encode()
     header += b" " * (-len(header) % 8)
-    bodies = (tensors[key].detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy() for key in order)
+    bodies: Iterator[Any] = (tensors[key].detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy() for key in order)
     with path.open("wb") as file:
         file.write(len(header).to_bytes(8, "little") + header)
         for body in bodies:
