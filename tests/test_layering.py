@@ -24,7 +24,7 @@ ORDER = (
     ("collect",),
     ("predictions",),
     ("merge",),
-    ("generate", "train"),
+    ("generate", "pack", "train"),
     ("evaluate",),
     ("toybox", "web"),
     ("judges",),

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from loraclr.judges import open_judge
     from loraclr.merge import LayerReceipt, MergeResult, MergeWarning, merge
     from loraclr.methods import METHODS, LayerMethod, LayerProblem, LayerSolution, make_method
+    from loraclr.pack import Pack
     from loraclr.pipeline import Pipeline
     from loraclr.statistics import LayerStats, load_statistics, save_statistics
     from loraclr.toybox import Toybox, open_toybox
@@ -50,6 +51,7 @@ __all__ = [
     "MergeResult",
     "MergeWarning",
     "NumericalError",
+    "Pack",
     "Pipeline",
     "PipelineError",
     "Recipe",
@@ -91,6 +93,7 @@ _HOMES = {
         "judges": ("open_judge",),
         "merge": ("LayerReceipt", "MergeResult", "MergeWarning", "merge"),
         "methods": ("METHODS", "LayerMethod", "LayerProblem", "LayerSolution", "make_method"),
+        "pack": ("Pack",),
         "pipeline": ("Pipeline",),
         "statistics": ("LayerStats", "load_statistics", "save_statistics"),
         "toybox": ("Toybox", "open_toybox"),

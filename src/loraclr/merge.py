@@ -147,6 +147,7 @@ def merge(
     measure: bool = False,
     name: str = "merged",
     progress: Callable[[str, float], None] | None = None,
+    statistics: Mapping[str, LayerStats] | None = None,
 ) -> MergeResult:
     """Merge adapters (or their files) into one.
 
@@ -156,7 +157,8 @@ def merge(
     solution keeps its exact rank and a dense one gets the sum of the input ranks. `measure` collects statistics also for methods
     that need none, to report residuals. `collection` says what is collected; without it, methods that want all rows get the
     released code's prompts. `score` judges a merged adapter, higher is better, for a method that searches (`lorahub`). `progress` is
-    told a phase and its share done, 0..1. Raises MergeError, UsageError.
+    told a phase and its share done, 0..1. `statistics`, by layer, are used instead of collecting any (pack.py). Raises MergeError,
+    UsageError.
     """
     started = time.perf_counter()
     solver = make_method(method, **(parameters or {})) if isinstance(method, str) else method
@@ -178,7 +180,7 @@ def merge(
         raise UsageError(f"rank {rank}: give at least 1")
     if rank is not None and "rank" in _fields(solver) and _fields(solver)["rank"] is None:
         solver = dataclasses.replace(solver, rank=rank)  # type: ignore[type-var]  # it cuts by itself: once is enough
-    collecting = measure or bool({"statistics", "sample", "preserve"} & solver.needs)
+    collecting = statistics is None and (measure or bool({"statistics", "sample", "preserve"} & solver.needs))
     if score is not None and "score" not in solver.needs:
         raise UsageError(f"{solver.name} searches for nothing, so it takes no score; use lorahub")
     if base is None and (collecting or "base" in solver.needs):
@@ -204,7 +206,7 @@ def merge(
     merged: dict[str, Layer] = {}
     receipts: list[LayerReceipt] = []
     for stage, names in enumerate(stages):
-        statistics: dict[str, LayerStats] = {}
+        seen: Mapping[str, LayerStats] = statistics or {}
         if collecting and base is not None:
             began, done = time.perf_counter(), 0
 
@@ -214,11 +216,11 @@ def merge(
                 if progress:
                     progress(f"collecting stage {stage + 1} of {len(stages)}: {what}", done / (len(concepts) + 1))
 
-            statistics = collect(base, concepts, names, settings=settings, merged=merged, progress=tell)
+            seen = collect(base, concepts, names, settings=settings, merged=merged, progress=tell)
             seconds["collect"] += time.perf_counter() - began
         began = time.perf_counter()
         for index, layer in enumerate(names):
-            problem = _problem(layer, shapes, concepts, base, statistics.get(layer), seed)
+            problem = _problem(layer, shapes, concepts, base, seen.get(layer), seed)
             solution = solved[layer] if isinstance(solver, AdapterMethod) else solver.solve(problem)
             merged[layer], receipt = _receipt(problem, solution, solver.name, rank, stage)
             receipts.append(receipt)

@@ -11,7 +11,7 @@ from typing import Annotated, TextIO
 import typer
 
 from loraclr import __version__
-from loraclr.cli import convert, evaluate, generate, inspect, merge, methods, show, study, toybox, train
+from loraclr.cli import convert, evaluate, generate, inspect, merge, methods, pack, show, study, toybox, train
 from loraclr.errors import LoraclrError
 
 __all__ = ["app", "main"]
@@ -35,6 +35,7 @@ app.command("evaluate")(evaluate.evaluate)
 app.command("methods")(methods.methods)
 app.command("recipes")(train.recipes)
 app.command("demo")(toybox.demo)
+app.add_typer(pack.app, name="pack")
 app.add_typer(toybox.app, name="toybox")
 app.add_typer(study.app, name="study")
 
