@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 from rich.text import Text
 
+from loraclr import disk
 from loraclr.cli import parse, show
 
 if TYPE_CHECKING:
@@ -37,6 +38,7 @@ def create(
     Example: loraclr pack create rhea.safetensors theo.safetensors --base toy/base --output people
     """
     calls = dict(parse.pair(text, "--trigger") for text in trigger)
+    parse.hold(disk.reserved(output))
 
     from loraclr.collect import Collection
     from loraclr.pack import Pack
@@ -117,6 +119,7 @@ def build(
     from loraclr.cli import merge as merging
 
     parse.check_output(output, format, merging.companions(output), force=force)
+    parse.hold(disk.reserved(output, *merging.companions(output)))
 
     import torch
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from loraclr import disk
 from loraclr.adapter import Adapter
 from loraclr.collect import Collection, Concept
 from loraclr.errors import FormatError, MergeError, UsageError
@@ -65,8 +66,6 @@ class Pack:
         not this very pack, MergeError for adapters that do not fit each other or the base.
         """
         path, settings = Path(path), dataclasses.replace(collection or Collection(), sample=0)
-        if not path.parent.is_dir():
-            raise UsageError(f"{path}: there is no folder {path.parent}; make it first")
         gather, new = Gather(base, settings, progress), additions(adapters, base, calls or {})
         mine = {one.name: one.fingerprint for one in new}
         if path.exists():
@@ -75,13 +74,13 @@ class Pack:
             if {name: made.held(name).about["fingerprint"] for name in made.concepts} != mine:
                 raise UsageError(f"{path} exists already, with {', '.join(made.concepts) or 'no concept'}; use `loraclr pack add`")
             return made
-        work = path.with_name(f".{path.name}.making")
-        work.mkdir(exist_ok=True)
-        for left in read(work):
-            if left.concept is not None and left.about["fingerprint"] != mine.get(left.concept):
-                left.path.unlink()  # of an earlier try with other adapters
-        gather.fill(work, new)
-        os.rename(work, path)
+        with disk.reserved(path):
+            with disk.folder(path.with_name(f".{path.name}.making")) as work:
+                for left in read(work):
+                    if left.concept is not None and left.about["fingerprint"] != mine.get(left.concept):
+                        left.path.unlink()  # of an earlier try with other adapters
+                gather.fill(work, new)
+            os.rename(work, path)
         return Pack.open(path)
 
     @property
@@ -124,19 +123,22 @@ class Pack:
         the same call goes on. Raises MergeError on another base.
         """
         gather, new = Gather(base, self.collection, progress), additions(adapters, base, calls or {})
-        held = {name: self.held(name).about["fingerprint"] for name in self.concepts}
-        if changed := [one.name for one in new if held.get(one.name, one.fingerprint) != one.fingerprint]:
-            raise UsageError(f"{self.path} holds another {', '.join(changed)}; remove that first, or rename the file")
-        gather.fill(self.path, new)
+        with disk.folder(self.path):
+            now = Pack.open(self.path)
+            held = {name: now.held(name).about["fingerprint"] for name in now.concepts}
+            if changed := [one.name for one in new if held.get(one.name, one.fingerprint) != one.fingerprint]:
+                raise UsageError(f"{self.path} holds another {', '.join(changed)}; remove that first, or rename the file")
+            gather.fill(self.path, new)
         return Pack.open(self.path)
 
     def remove(self, names: Sequence[str]) -> Pack:
         """The pack without these concepts; the others' files are not looked at. Raises UsageError for names that it does not hold."""
         if unknown := sorted(set(names) - set(self.concepts)):
             raise UsageError(f"{self.path} holds no {', '.join(unknown)}; it has {', '.join(self.concepts) or 'no concept'}")
-        for held in sorted(self.files, key=lambda one: one.about["adapter"] is None):  # without its adapter, the rest is nobody's
-            if held.concept in names:
-                held.path.unlink()
+        with disk.folder(self.path):
+            for held in sorted(self.files, key=lambda one: one.about["adapter"] is None):  # without its adapter, the rest is nobody's
+                if held.concept in names:
+                    disk.remove(held.path)
         return Pack.open(self.path)
 
     def statistics(self) -> Mapping[str, LayerStats]:

@@ -9,10 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
-import secrets
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,6 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from loraclr import disk
 from loraclr.adapter import Adapter, DenseLayer, Layer, LoraLayer
 from loraclr.collect import Concept
 from loraclr.errors import FormatError
@@ -175,7 +173,10 @@ def fingerprint(said: object, entries: Mapping[str, Entry]) -> str:
 
 
 def write(path: Path, about: Mapping[str, Any], entries: Mapping[str, Entry]) -> None:
-    """The file at `path`, whole or not at all, one tensor in memory at a time. Equal content, equal bytes."""
+    """The file at `path`, whole or not at all, one tensor in memory at a time. Equal content, equal bytes.
+
+    Raises WriteError for what the system refuses.
+    """
     header: dict[str, Any] = {"__metadata__": {MARK: json.dumps({"version": VERSION, **about}, sort_keys=True, allow_nan=False)}}
     ordered = sorted(entries, key=lambda key: (-entries[key].dtype.itemsize, key))  # which keeps every tensor aligned
     start = 0
@@ -188,24 +189,10 @@ def write(path: Path, about: Mapping[str, Any], entries: Mapping[str, Entry]) ->
         start = stop
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    with named(path), _placed(path) as part, part.open("wb") as file:
+    with disk.whole(path) as part, part.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for key in ordered:
             file.write(_bytes(entries[key].make()))
-        file.flush()
-        os.fsync(file.fileno())
-
-
-@contextmanager
-def _placed(path: Path) -> Iterator[Path]:
-    """The place to write what is at `path` afterwards, in one step."""
-    part = path.with_name(f".{path.stem}.{secrets.token_hex(4)}.part{path.suffix}")
-    try:
-        yield part
-        os.replace(part, path)
-    except BaseException:
-        part.unlink(missing_ok=True)
-        raise
 
 
 def _change(layer: Layer) -> Tensor:

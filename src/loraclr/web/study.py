@@ -7,10 +7,8 @@ The protocol is that of the LoRACLR paper's user study (arXiv 2412.09622, sectio
 from __future__ import annotations
 
 import json
-import os
 import random
 import secrets
-import shutil
 import sqlite3
 from collections.abc import Mapping, Sequence
 from contextlib import closing
@@ -20,6 +18,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
+from loraclr import disk
 from loraclr.errors import UsageError
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp")
@@ -146,10 +145,8 @@ def create(
         raise UsageError(f"no references for {', '.join(lacking)}; put their pictures into {references}/CONCEPT")
     rng = random.Random(seed)
     chosen = _in_turn(items, max(1, questions // len(methods)), rng)
-    part = folder.with_name(f".{folder.name}.part")
-    shutil.rmtree(part, ignore_errors=True)
-    (part / "pictures").mkdir(parents=True)
-    try:
+    with disk.reserved(folder), disk.whole(folder) as part:
+        (part / "pictures").mkdir(parents=True)
         told: dict[str, tuple[str, ...]] = {}
         for concept in dict.fromkeys(concept for concept, _ in chosen):
             told[concept] = tuple(_copy(path, part, rng) for path in sorted(known[concept].values())[:4])
@@ -160,11 +157,6 @@ def create(
         ]
         described = {"title": title, "note": note, "questions": [asdict(question) for question in asked]}
         (part / "study.json").write_text(json.dumps(described, indent=1) + "\n")
-        if folder.exists():
-            folder.rmdir()
-        os.replace(part, folder)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
     return Study(folder)
 
 
@@ -251,9 +243,9 @@ def _copy(path: Path, folder: Path, rng: random.Random) -> str:
     try:
         with Image.open(path) as image:
             plain = image.convert("RGB")
-            Image.frombytes("RGB", plain.size, plain.tobytes()).save(folder / "pictures" / name)
     except (UnidentifiedImageError, OSError) as error:
         raise UsageError(f"{path} is not a picture that can be read ({error})") from error
+    Image.frombytes("RGB", plain.size, plain.tobytes()).save(folder / "pictures" / name)
     return name
 
 
