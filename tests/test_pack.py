@@ -17,7 +17,7 @@ from test_collect import assert_moments, fused, hooked, prompts, states
 from loraclr import Pack
 from loraclr.adapter import Adapter, DenseLayer, LoraLayer, ProductLayer
 from loraclr.cli import main
-from loraclr.errors import FormatError, LoraclrError, MergeError, UsageError
+from loraclr.errors import FormatError, LoraclrError, MergeError
 from loraclr.formats import load_adapter, save_adapter
 from loraclr.merge import merge
 from loraclr.pack import file
@@ -352,8 +352,7 @@ def test_damage_is_told(whole, tmp_path):
     save_adapter(whole.concept("ada").adapter, pack.path / "ada.safetensors")
     refused("is no file of a pack", Pack.open, pack.path)
     refused("is no pack; make one", Pack.open, tmp_path / "nowhere")
-    with pytest.raises(UsageError, match="no folder"):
-        Pack.create(tmp_path / "a" / "b", [], base=None)
+    refused("there is no folder", Pack.create, tmp_path / "a" / "b", [], base=None)
 
 
 def test_a_pack_without_concepts_or_with_a_file_gone_does_not_build(shared, whole, tmp_path):

@@ -14,7 +14,7 @@ from loraclr.cli import parse, show
 if TYPE_CHECKING:
     from loraclr.pack import Pack
 
-app = typer.Typer(help="Concepts kept with their statistics, to add to, take from and merge in seconds.", no_args_is_help=True)
+app = typer.Typer(help="Concepts kept with their statistics, to merge any of them without collecting again.", no_args_is_help=True)
 Folder = Annotated[Path, typer.Argument(metavar="PACK", help="The pack's folder.", show_default=False)]
 Files = Annotated[list[Path], typer.Argument(metavar="FILE...", help="Adapter files, or PEFT folders.", show_default=False)]
 Trigger = Annotated[

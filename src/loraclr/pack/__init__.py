@@ -1,4 +1,4 @@
-"""VERB. Adapters one at a time -> a folder from which any of them are merged later, without the base and without the others.
+"""Adapters one at a time -> a folder from which any of them are merged later, without the base and without the others.
 
 A pack holds, per concept, the adapter and what every layer saw with that adapter *alone*; and what the layers see on prompts without any
 concept. Nothing in it depends on who else is in it: a concept is added or removed without a look at the others, and a build sums the
@@ -66,15 +66,15 @@ class Pack:
         not this very pack, MergeError for adapters that do not fit each other or the base.
         """
         path, settings = Path(path), dataclasses.replace(collection or Collection(), sample=0)
-        gather, new = Gather(base, settings, progress), additions(adapters, base, calls or {})
-        mine = {one.name: one.fingerprint for one in new}
-        if path.exists():
-            made = Pack.open(path)
-            gather.check(path, made.files)
-            if {name: made.held(name).about["fingerprint"] for name in made.concepts} != mine:
-                raise UsageError(f"{path} exists already, with {', '.join(made.concepts) or 'no concept'}; use `loraclr pack add`")
-            return made
         with disk.reserved(path):
+            gather, new = Gather(base, settings, progress), additions(adapters, base, calls or {})
+            mine = {one.name: one.fingerprint for one in new}
+            if path.exists():
+                made = Pack.open(path)
+                gather.check(path, made.files)
+                if {name: made.held(name).about["fingerprint"] for name in made.concepts} != mine:
+                    raise UsageError(f"{path} exists already, with {', '.join(made.concepts) or 'no concept'}; use `loraclr pack add`")
+                return made
             with disk.folder(path.with_name(f".{path.name}.making")) as work:
                 for left in read(work):
                     if left.concept is not None and left.about["fingerprint"] != mine.get(left.concept):

@@ -91,7 +91,7 @@ class Gather:
     def check(self, folder: Path, files: Sequence[PackFile]) -> None:
         """Raises MergeError where a pack's files are of another base or of other settings."""
         if files and (difference := _difference(files[0], self.ground, self.settings)):
-            raise MergeError(f"{folder} is another pack: {difference}; give what it was made with, or make a new one")
+            raise MergeError(f"{folder} is another pack: {difference}; give what it was made with, or delete it")
 
     def fill(self, folder: Path, new: Sequence[Addition]) -> None:
         """Writes what `folder` lacks of a pack of what it holds and `new`. Raises MergeError where these do not go together."""
