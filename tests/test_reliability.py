@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import importlib
 import json
 import os
 import shutil
@@ -16,7 +17,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from concepts import three
+from concepts import SMALL, three
 from PIL import Image
 
 from loraclr import disk
@@ -152,13 +153,13 @@ def earlier(command: str, world: Path, output: Path) -> list[str]:
 # ---- the disk
 
 
-@pytest.mark.parametrize("command", [name for name in OUTPUTS if name != "demo"])
-@pytest.mark.parametrize("left", [0, 4], ids=["no room", "room for something"])
+@pytest.mark.parametrize(
+    ("command", "left"),  # kB; a picture of the tiny model has room in 4, and the demonstration takes minutes
+    [(name, left) for name in OUTPUTS for left in (0, 4) if name != "demo" and (name, left) != ("generate", 4)],
+)
 def test_a_full_disk_loses_nothing(command, left, refused, mounted, world):
     folder = mounted("size=600k")
     output = folder / OUTPUTS[command]
-    if left and command == "generate":
-        pytest.skip("its picture has room")
     more = earlier(command, world, output)
     with contextlib.suppress(OSError), (folder / "filler").open("wb", buffering=0) as filler:
         while True:
@@ -200,6 +201,8 @@ def test_a_read_only_disk_is_said(command, refused, mounted, world):
 def test_no_permission_is_said(command, refused, open_folder):
     theirs = open_folder / "theirs"
     theirs.mkdir(mode=0o755, exist_ok=True)
+    for module in ("loraclr.toybox.demo", "loraclr.web.study"):  # before the rights to read them are gone
+        importlib.import_module(module)
     os.seteuid(NOBODY)
     try:
         said = refused(command, theirs / OUTPUTS[command])
@@ -330,21 +333,26 @@ merge(files, base=Pipeline.load(f"{sys.argv[2]}/base"), collection=SMALL).save(s
 
 
 def test_two_processes_make_the_same_bytes_and_thread_counts_nearly(world, tmp_path):
+    files, before = [world / f"{name}.safetensors" for name in ("ada", "ben", "cai")], torch.get_num_threads()
     made = {}
-    for label, threads, seed in (("a", "1", "1"), ("b", "1", "2"), ("c", "2", "3")):
+    for label in ("one", "two", "other"):
         (tmp_path / label).mkdir()
         output = tmp_path / label / "out.safetensors"
-        subprocess.run(
-            [sys.executable, "-W", "ignore", "-c", MERGE, Path(__file__).parent, world, output],
-            env={**os.environ, "OMP_NUM_THREADS": threads, "PYTHONHASHSEED": seed},
-            check=True,
-        )
+        if label == "other":
+            words = [sys.executable, "-W", "ignore", "-c", MERGE, Path(__file__).parent, world, output]
+            subprocess.run(words, env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONHASHSEED": "7"}, check=True)
+        else:
+            torch.set_num_threads(1 if label == "one" else 2)
+            try:
+                merge(files, base=Pipeline.load(str(world / "base")), collection=SMALL).save(output, dtype=torch.float32)
+            finally:
+                torch.set_num_threads(before)
         made[label] = tree(tmp_path / label)
         receipt = json.loads(made[label].pop("out.safetensors.json"))
         assert receipt.pop("seconds")
         made[label]["receipt"] = json.dumps(receipt).encode()
-    assert made["a"] == made["b"]
-    one, two = (load_adapter(tmp_path / label / "out.safetensors") for label in "ac")
+    assert made["other"] == made["one"]
+    one, two = (load_adapter(tmp_path / label / "out.safetensors") for label in ("one", "two"))
     assert list(one.layers) == list(two.layers)
     for layer in one:
         change = layer.delta(torch.float64)

@@ -146,7 +146,8 @@ def _locked(path: Path, at: Path) -> Iterator[bool]:
         yield first
     finally:
         if first:  # removed while it is held: whoever waits for the removed file notices, and makes a new one
-            at.unlink(missing_ok=True)
+            with suppress(OSError):  # Windows does that itself
+                at.unlink()
         lock.release()
 
 
@@ -184,10 +185,10 @@ def _place(staged: dict[Path, Path | None]) -> None:
     back: list[Callable[[], object]] = []
     old: list[Path] = []
     try:
-        for path, part in staged.items():
+        for path, part in sorted(staged.items(), key=lambda entry: entry[1] is None):  # a kill leaves rather too much than too little
             with _told(path):
                 if part is None:
-                    away = _beside(path, "old")
+                    away = _beside(path, "part")
                     os.replace(path, away)
                     old.append(away)
                     back.append(partial(os.replace, away, path))

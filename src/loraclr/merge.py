@@ -22,7 +22,7 @@ from loraclr.adapter import Adapter, Layer, LoraLayer
 from loraclr.blocks import weighted
 from loraclr.collect import ALL_ROWS, PAPER, Collection, Concept, collect
 from loraclr.errors import MergeError, UsageError
-from loraclr.formats import load_adapter, save_adapter
+from loraclr.formats import load_adapter, save_adapter, sidecar
 from loraclr.formats.files import digest
 from loraclr.linalg import Truncation, factor, lowest_rank, truncate, truncate_aware, truncate_dense
 from loraclr.methods import make_method
@@ -122,7 +122,7 @@ class MergeResult:
         """
         target = Path(path)
         receipt = target.with_name(f"{target.name}.json")
-        with disk.reserved(target, receipt), disk.together():
+        with disk.reserved(target, receipt, sidecar.path_for(target)), disk.together():
             disk.write(receipt, json.dumps(self.receipt(), indent=1, sort_keys=True, allow_nan=False) + "\n")
             return save_adapter(self.adapter, target, format=format, dtype=dtype, metadata=self.header())
 

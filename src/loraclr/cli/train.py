@@ -63,7 +63,7 @@ def train(
     """
     form = format or ("edlora" if output.suffix in parse.ENDINGS["edlora"] else "kohya")
     parse.check_output(output, form, [], force=force)
-    parse.hold(disk.reserved(output))
+    parse.hold(disk.reserved(output, _tokens(output)))
 
     import torch
 
@@ -141,10 +141,14 @@ def _device(wanted: str | None) -> str:
     return wanted
 
 
+def _tokens(output: Path) -> Path:
+    """Where learned tokens go that the format does not hold."""
+    return output.with_name(output.name.removesuffix(".safetensors") + ".tokens.safetensors")
+
+
 def _show(adapter: Adapter, written: Path, work: Path, form: str, *, json: bool) -> None:
     about = json_.loads(adapter.metadata["loraclr.training"])
-    beside = written.with_name(written.name.removesuffix(".safetensors") + ".tokens.safetensors")
-    tokens = beside if adapter.tokens and form != "edlora" else None
+    tokens = _tokens(written) if adapter.tokens and form != "edlora" else None
     if json:
         shown = {"output": str(written), "tokens": None if tokens is None else str(tokens), "work": str(work)}
         show.as_json(shown | {"call": adapter.triggers[0]} | about)

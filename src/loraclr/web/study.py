@@ -10,8 +10,8 @@ import json
 import random
 import secrets
 import sqlite3
-from collections.abc import Mapping, Sequence
-from contextlib import closing
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -19,7 +19,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from loraclr import disk
-from loraclr.errors import UsageError
+from loraclr.errors import UsageError, WriteError
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 SCALE = (1, 2, 3, 4, 5)
@@ -76,17 +76,24 @@ class Study:
         random.Random(f"{rater}/{len(questions)}").shuffle(questions)
         return questions
 
-    def database(self) -> sqlite3.Connection:
-        """Every answer is committed to disk before the next question is shown."""
-        connection = sqlite3.connect(self.folder / "answers.sqlite", timeout=30)
-        connection.execute("PRAGMA journal_mode=WAL")
-        connection.execute("PRAGMA synchronous=FULL")
-        connection.execute(
-            "CREATE TABLE IF NOT EXISTS answers (rater TEXT, question TEXT, rating INTEGER NOT NULL CHECK (rating BETWEEN 1 AND 5), "
-            "at TEXT NOT NULL DEFAULT CURRENT_TIMESTAMP, PRIMARY KEY (rater, question))"
-        )
-        connection.commit()
-        return connection
+    @contextmanager
+    def database(self) -> Iterator[sqlite3.Connection]:
+        """Every answer is committed to disk before the next question is shown. Raises WriteError where it cannot be."""
+        try:
+            with closing(sqlite3.connect(self.folder / "answers.sqlite", timeout=30)) as connection:
+                connection.execute("PRAGMA journal_mode=WAL")
+                connection.execute("PRAGMA synchronous=FULL")
+                connection.execute(
+                    "CREATE TABLE IF NOT EXISTS answers "
+                    "(rater TEXT, question TEXT, rating INTEGER NOT NULL CHECK (rating BETWEEN 1 AND 5), "
+                    "at TEXT NOT NULL DEFAULT CURRENT_TIMESTAMP, PRIMARY KEY (rater, question))"
+                )
+                connection.commit()
+                yield connection
+        except sqlite3.Error as error:
+            raise WriteError(
+                f"{self.folder / 'answers.sqlite'} cannot be used ({error}); look at the room on its disk and your rights"
+            ) from error
 
     def answer(self, rater: str, question: str, rating: int) -> None:
         """The last answer of a rater to a question counts. Raises UsageError for a question or rating that does not exist."""
@@ -94,7 +101,7 @@ class Study:
             raise UsageError(f"no question {question!r} in this study")
         if rating not in SCALE:
             raise UsageError(f"a rating is 1 to 5, not {rating}")
-        with closing(self.database()) as connection, connection:
+        with self.database() as connection, connection:
             connection.execute(
                 "INSERT INTO answers (rater, question, rating) VALUES (?, ?, ?) "
                 "ON CONFLICT (rater, question) DO UPDATE SET rating = excluded.rating, at = CURRENT_TIMESTAMP",
@@ -103,12 +110,12 @@ class Study:
 
     def answered(self, rater: str) -> dict[str, int]:
         """Question id -> rating."""
-        with closing(self.database()) as connection:
+        with self.database() as connection:
             return dict(connection.execute("SELECT question, rating FROM answers WHERE rater = ?", (rater,)))
 
     def answers(self) -> list[tuple[str, str, int]]:
         """(rater, question id, rating) of everybody."""
-        with closing(self.database()) as connection:
+        with self.database() as connection:
             rows = connection.execute("SELECT rater, question, rating FROM answers ORDER BY rater, question").fetchall()
         return [row for row in rows if row[1] in self.by_id]
 
