@@ -46,7 +46,7 @@ class Pack:
         path = Path(path)
         files = read(path) if path.is_dir() else ()
         if not any(file.concept is None for file in files):
-            raise FormatError(f"{path} is no pack; make one with `loraclr pack create`")
+            raise FormatError(f"{path} is no pack; make one with `loraclr pack create`, under a free name")
         return Pack(path, files)
 
     @staticmethod
