@@ -269,6 +269,16 @@ def test_what_an_earlier_try_left_of_other_adapters_is_not_used(shared, whole, t
     assert contents(pack) == {name: data for name, data in contents(whole).items() if name != "ben.safetensors"}
 
 
+def test_what_an_earlier_try_left_of_another_base_stays(shared, tiny_pipe, tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        Pack.create(tmp_path / "pack", three(shared), base=shared, collection=TINY, progress=stopping_at("ben"))
+    left = contents(tmp_path / ".pack.making")
+    pipe = tiny_pipe()
+    pipe.text_encoder.get_input_embeddings().weight.data[0] += 1
+    refused(r"\.pack\.making is another pack", Pack.create, tmp_path / "pack", three(shared)[1:], base=Pipeline(pipe), collection=TINY)
+    assert contents(tmp_path / ".pack.making") == left and set(left) == {"ada.safetensors", "preservation.safetensors"}
+
+
 def test_a_broken_addition_leaves_a_pack_that_builds(shared, tmp_path):
     _, ben, cai = three(shared)
     pack = Pack.create(tmp_path / "pack", [cai], base=shared, collection=TINY)

@@ -76,7 +76,9 @@ class Pack:
                     raise UsageError(f"{path} exists already, with {', '.join(made.concepts) or 'no concept'}; use `loraclr pack add`")
                 return made
             with disk.folder(path.with_name(f".{path.name}.making")) as work:
-                for left in read(work):
+                left_over = read(work)
+                gather.check(work, left_over)
+                for left in left_over:
                     if left.concept is not None and left.about["fingerprint"] != mine.get(left.concept):
                         left.path.unlink()  # of an earlier try with other adapters
                 gather.fill(work, new)
@@ -107,7 +109,7 @@ class Pack:
 
     def concept(self, name: str) -> Concept:
         """A concept's adapter and call. Raises UsageError where there is none of that name."""
-        return self.held(name).held()
+        return self.held(name).restored()
 
     def add(
         self,

@@ -94,7 +94,7 @@ class PackFile:
             raise FormatError(f"{self.path}: the statistics of {layer} are damaged; remove this concept and add it again")
         return Moments(width, count, tensor, None) if few else Moments(width, count, None, _whole(tensor, width))
 
-    def held(self) -> Concept:
+    def restored(self) -> Concept:
         """The concept: its adapter, to the last bit as it was added, and its call."""
         said = self.about["adapter"]
         layers: dict[str, Layer] = {}

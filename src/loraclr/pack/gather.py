@@ -101,9 +101,11 @@ class Gather:
             left.unlink()  # more layers of an adapter that was removed
         held = {str(one.concept): one for one in files if one.about["adapter"] is not None}
         extra = {one.name: one for one in new if one.name not in held}
-        concepts = {name: one.held() for name, one in held.items()} | {name: one.concept for name, one in extra.items()}
-        calls = {name: concept.call for name, concept in concepts.items()}
-        shapes = _shapes(_concepts([concept.adapter for concept in concepts.values()], None, calls, needed=True))
+        concepts = {name: one.restored() for name, one in held.items()} | {name: one.concept for name, one in extra.items()}
+        if held:  # among themselves the new ones were looked at before
+            calls = {name: concept.call for name, concept in concepts.items()}
+            _concepts([concept.adapter for concept in concepts.values()], None, calls, needed=True)
+        shapes = _shapes(list(concepts.values()))
         _check_fit(shapes, self.base)
         # Those that are there come first: whenever this is killed, every concept has statistics of every layer.
         jobs: list[tuple[str | None, list[str]]] = []
@@ -128,8 +130,7 @@ class Gather:
     def _collected(self, concept: Concept | None, layers: Sequence[str]) -> tuple[dict[str, Any], dict[str, file.Entry]]:
         """The statistics of these layers under the concept's own adapter, or without any."""
         found: dict[str, dict[str, Moments]] = {kind: {} for kind in KINDS}
-        stages = self.base.stages(layers)
-        for names in stages:
+        for names in self.base.stages(layers):
             if concept is None:
                 statistics = collect(self.base, [], names, settings=self.settings)
             else:
