@@ -52,7 +52,7 @@ class Job:
 
 def merging(inputs: Path, output: Path) -> list[str]:
     files = [str(inputs / f"{name}.safetensors") for name in ("ada", "ben", "cai")]
-    return ["merge", *files, "--base", str(inputs / "base"), "--method", "regmean", "--output", str(output)]
+    return ["merge", *files, "--output", str(output)]
 
 
 def training(inputs: Path, output: Path) -> list[str]:
@@ -76,8 +76,16 @@ def building(inputs: Path, output: Path) -> list[str]:
 
 # One line each. What is checked and how it is killed is the same for all of them.
 JOBS = {
-    "merge": Job("merged.safetensors", merging, ("--weight", "ada=0.5")),
-    "merge to a folder": Job("merged", lambda inputs, output: [*merging(inputs, output), "--format", "peft"], ("--weight", "ada=0.5")),
+    "merge": Job(
+        "merged.safetensors",
+        lambda inputs, output: [*merging(inputs, output), "--base", str(inputs / "base"), "--method", "regmean"],
+        ("--weight", "ada=0.5"),
+    ),
+    "merge to a folder": Job(
+        "merged",
+        lambda inputs, output: [*merging(inputs, output), "--method", "sum", "--format", "peft"],
+        ("--weight", "ada=0.5"),
+    ),
     "train": Job("learned.safetensors", training, ("--seed", "1"), notes="learned.safetensors.train"),
     "pack create": Job("people", packing, starts=("nothing",), force=()),
     "pack add": Job("people", adding, before=partial(packing, names=("cai",)), starts=("old",), force=()),
@@ -192,7 +200,7 @@ def trials(name: str, count: int, seed: int, root: Path) -> Counter[str]:
             shutil.copytree(root / f"{name} old", folder)
         else:
             folder.mkdir()
-        after, wait = (rng.randint(1, len(moments)), rng.uniform(0, 0.004)) if number % 2 == 0 else (0, rng.uniform(0, 1.1 * took))
+        after, wait = (rng.randint(1, len(moments)), rng.uniform(0, 0.004)) if rng.random() < 0.5 else (0, rng.uniform(0, 1.1 * took))
         early = killed(again, after=after, wait=wait)
         old, new = wanted["old"] if before == "old" else {}, wanted["new"]
         seen = contents(folder, job)
