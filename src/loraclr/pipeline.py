@@ -95,7 +95,8 @@ class Pipeline:
     @property
     def family(self) -> str | None:
         """`sd1`, `sd2`, `sdxl` or `flux`, as adapters state it; None for any other."""
-        return guess_family({name: tuple(module.weight.shape) for name, module in self.modules.items()})  # type: ignore[union-attr,arg-type]
+        own = {name: module.weight.shape for name, module in self.modules.items() if name.startswith(f"{self._denoiser}.")}
+        return guess_family({name: tuple(shape) for name, shape in own.items()})  # type: ignore[arg-type]
 
     @property
     def device(self) -> torch.device:
