@@ -27,12 +27,12 @@ def t5(width: int = 24) -> Any:
     )
 
 
-def clip(width: int, *, projected: bool = False, pad: int = 513, layers: int = 2) -> Any:
+def clip(width: int, *, projected: bool = False, activation: str = "gelu") -> Any:
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
     config = CLIPTextConfig(
-        vocab_size=514, hidden_size=width, intermediate_size=2 * width, num_hidden_layers=layers, num_attention_heads=2,
-        projection_dim=width, bos_token_id=512, eos_token_id=513, pad_token_id=pad, hidden_act="gelu",
+        vocab_size=514, hidden_size=width, intermediate_size=2 * width, num_hidden_layers=2, num_attention_heads=2,
+        projection_dim=width, bos_token_id=512, eos_token_id=513, pad_token_id=513, hidden_act=activation,
     )  # fmt: skip
     return (CLIPTextModelWithProjection if projected else CLIPTextModel)(config)
 
