@@ -629,7 +629,7 @@ def test_the_command_keeps_tokens_beside_a_kohya_file(base, folder, tmp_path, ca
         (["--output", "qq.pth", "--recipe", "custom-diffusion"], "cannot hold whole matrices"),
         (["--output", "qq.pth", "--recipe", "edlor"], "Did you mean 'edlora'?"),
         (["--output", "qq.pth", "--set", "rank"], "not of the form NAME=VALUE"),
-        (["--output", "qq.pth", "--device", "nodevice"], "--device 'nodevice' cannot be used"),
+        (["--output", "qq.pth", "--device", "nodevice"], "device 'nodevice' cannot be used"),
     ],
 )
 def test_the_command_refuses(words, message, base, folder, tmp_path, monkeypatch, capsys):

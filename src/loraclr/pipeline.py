@@ -191,6 +191,8 @@ class Pipeline:
         self.check_plain("learned tokens")
         encoder, tokenizer, kept_tokens, kept_rows = self._encoder, self._pipe.tokenizer, self._tokens, self._layer_rows
         embedding = encoder.get_input_embeddings()
+        if embedding.weight.is_meta:
+            raise PipelineError("learned tokens need the text encoder in memory; offload whole components (--offload), not layer by layer")
         extended = self.vocabulary.extended(tokens, layers=len(self.cross_attention_layers))
         try:
             self._pipe.tokenizer, self._layer_rows = extended.tokenizer, extended.layer_rows
@@ -335,7 +337,7 @@ class Pipeline:
             attentions = [self._unet.get_submodule(path) for path in self.cross_attention_layers] if boxes else ()
             for prompt in prompts:
                 self._warn_if_cut(prompt, self.text_length)
-            with conditioned(attentions, latent=(pixels[0] // scale, pixels[1] // scale), regions=boxes):
+            with torch.inference_mode(), conditioned(attentions, latent=(pixels[0] // scale, pixels[1] // scale), regions=boxes):
                 pictures: list[Image] = sampling.call(
                     self._pipe,
                     prompts,
@@ -370,7 +372,8 @@ class Pipeline:
         if self.plain:
             return self.denoise(self.encode(prompts), seeds=seeds, steps=steps, size=size)
         pixels = self.check_settings(seeds=seeds, steps=steps, guidance=1.0, size=size)
-        latents: Tensor = sampling.call(self._pipe, prompts, seeds=seeds, steps=steps, size=pixels, guidance=None, pictures=False)
+        with torch.inference_mode():
+            latents: Tensor = sampling.call(self._pipe, prompts, seeds=seeds, steps=steps, size=pixels, guidance=None, pictures=False)
         return _usable(latents)
 
     def decode(self, latents: Tensor) -> list[Image]:
@@ -422,7 +425,8 @@ class Pipeline:
                 longest = max(len(tokenizer(prompt, verbose=False).input_ids) for prompt in prompts)
                 self._unpadded[component] = min(longest, limit)
         try:
-            states = sampling.encode(self._pipe, prompts)
+            with torch.inference_mode():
+                states = sampling.encode(self._pipe, prompts)
             if self._unpadded and self.cross_attention_layers:
                 states = states[:, : max(self._unpadded.values())]
             return _usable(states)

@@ -39,7 +39,7 @@ def encode(pipe: Any, prompts: Sequence[str]) -> Tensor:
     copies = {"num_images_per_prompt": 1} if "num_images_per_prompt" in known else {}
     others = {name: None for name in ("prompt_2", "prompt_3") if name in known}
     single = {"do_classifier_free_guidance": False} if "do_classifier_free_guidance" in known else {}
-    with torch.inference_mode(), silenced():
+    with silenced():
         found = pipe.encode_prompt(prompt=list(prompts), device=pipe._execution_device, **others, **single, **copies)
     states = found[0] if isinstance(found, tuple) else found
     if not isinstance(states, Tensor):
@@ -86,7 +86,7 @@ def call(
     sampler = fresh_scheduler(pipe, scheduler)
     if callback is not None:
         _count(sampler, callback)
-    with _quiet(pipe, sampler), torch.inference_mode(), silenced():
+    with _quiet(pipe, sampler), silenced():
         found: list[Image] | Tensor = pipe(**arguments).images
     return found
 

@@ -10,6 +10,7 @@ import typer
 from rich.text import Text
 
 from loraclr.cli import parse, show
+from loraclr.cli.base import SOURCE, BaseConfig, BaseDtype, Device, Offload, open_base
 
 if TYPE_CHECKING:
     from loraclr.merge import LayerReceipt, MergeResult
@@ -19,7 +20,7 @@ def merge(
     files: Annotated[list[Path], typer.Argument(metavar="FILE...", help="Adapter files, or PEFT folders.", show_default=False)],
     output: Annotated[Path, typer.Option(metavar="OUT", help="The file to write; its folder must exist.", show_default=False)],
     base: Annotated[
-        str | None, typer.Option(help="Base model: a diffusers folder or a hub id. Weight-only methods need none.", show_default=False)
+        str | None, typer.Option(help=f"{SOURCE} Weight-only methods need none.", show_default=False)
     ] = None,
     method: Annotated[str, typer.Option(help="A method, or METHOD:PRESET; see 'loraclr methods'.")] = "loraclr",
     set_: Annotated[
@@ -47,6 +48,10 @@ def merge(
     dtype: Annotated[Literal["fp16", "fp32"], typer.Option(help="Precision of the output.")] = "fp16",
     seed: Annotated[int, typer.Option(help="Of the noise that features are collected on.")] = 0,
     measure: Annotated[bool, typer.Option("--measure", help="Report residuals also for methods that need no features.")] = False,
+    device: Device = "auto",
+    base_dtype: BaseDtype = "fp32",
+    offload: Offload = False,
+    base_config: BaseConfig = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing OUT.")] = False,
     json: Annotated[bool, typer.Option("--json", help="Print the receipt as JSON.")] = False,
 ) -> None:
@@ -64,11 +69,10 @@ def merge(
 
     from loraclr.merge import merge as run
     from loraclr.methods import find_method, make_method, parameters
-    from loraclr.pipeline import Pipeline
 
     known = parameters(find_method(method.partition(":")[0]))
     solver = make_method(method, **parse.settings(set_, {row.name: row.type for row in known}))
-    pipeline = None if base is None else Pipeline.load(base)
+    pipeline = None if base is None else open_base(base, device, base_dtype, offload=offload, config=base_config)
     with show.progress(quiet=json) as tell:
         result = run(
             files,
