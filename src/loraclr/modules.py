@@ -24,7 +24,7 @@ def components(pipe: Any) -> dict[str, nn.Module]:
 
 def layers(parts: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
     """Every Linear and Conv2d under its canonical name. Raises PipelineError where LoRAs are loaded inside."""
-    found = {
+    found: dict[str, nn.Module] = {
         canonical(component, path): module
         for component, part in parts.items()
         for path, module in part.named_modules()

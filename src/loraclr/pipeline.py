@@ -328,10 +328,7 @@ class Pipeline:
         guided = guidance > 1
         if regions and not self.cross_attention_layers:
             raise PipelineError(f"{type(self._pipe).__name__} has no cross-attention that regions could steer; use a model with a UNet")
-        boxes = [
-            RegionStates(self.encode([region.negative, region.prompt] if guided else [region.prompt]), region.box)
-            for region in regions or ()
-        ]
+        boxes = [RegionStates(self._halves(region, guided), region.box) for region in regions or ()]
         if not self.plain:
             scale = int(self._pipe.vae_scale_factor)
             attentions = [self._unet.get_submodule(path) for path in self.cross_attention_layers] if boxes else ()
@@ -391,9 +388,7 @@ class Pipeline:
         self, *, seeds: Sequence[int], steps: int, guidance: float, size: tuple[int, int] | None, scheduler: str | None = None
     ) -> tuple[int, int]:
         """The size in pixels, or UsageError with everything that is wrong, before any work is done."""
-        return families.settings(
-            self._pipe, self._unet, seeds=seeds, steps=steps, guidance=guidance, size=size, scheduler=scheduler
-        )
+        return families.settings(self._pipe, self._unet, seeds=seeds, steps=steps, guidance=guidance, size=size, scheduler=scheduler)
 
     @property
     def _encoder(self) -> Any:
@@ -416,6 +411,15 @@ class Pipeline:
             others = sorted(set(self._components) - {"unet", "text_encoder"})
             has = f"{type(self._pipe).__name__} ({', '.join(others) or 'no other encoder'}, {self._unet.config.in_channels} input channels)"
             raise PipelineError(f"{what} with {has}: not supported; use a Stable Diffusion 1 or 2 text-to-image model")
+
+    def _halves(self, region: Region, guided: bool) -> Tensor:
+        """A region's (1, T, dim) states, or its negative's and its own where guidance wants both."""
+        if not guided:
+            return self.encode([region.prompt])
+        states = self.encode([region.negative, region.prompt])
+        if not region.negative and getattr(self._pipe.config, "force_zeros_for_empty_prompt", False):  # SDXL, as for the whole picture
+            states[0] = 0
+        return states
 
     def _encoded(self, prompts: Sequence[str], *, pad: bool) -> Tensor:
         """By the pipeline's own encode_prompt. Unpadded: as padded, but that captured rows and states end where the text ends."""
@@ -467,7 +471,9 @@ class Pipeline:
 
     def _check(self, layers: Mapping[str, Layer]) -> None:
         wrong = [
-            name for name, layer in layers.items() if name not in self.modules or not modules.fits(layer.shape, tuple(self._weight(name).shape))
+            name
+            for name, layer in layers.items()
+            if name not in self.modules or not modules.fits(layer.shape, tuple(self._weight(name).shape))
         ]
         if wrong:
             said = [

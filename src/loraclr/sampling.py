@@ -10,7 +10,7 @@ import functools
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,9 +18,6 @@ from torch import Tensor
 from loraclr.errors import PipelineError, UsageError
 from loraclr.families import family_of, takes
 from loraclr.loading import silenced
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
 
 
 def fresh_scheduler(pipe: Any, name: str | None) -> Any:
@@ -43,7 +40,8 @@ def encode(pipe: Any, prompts: Sequence[str]) -> Tensor:
         found = pipe.encode_prompt(prompt=list(prompts), device=pipe._execution_device, **others, **single, **copies)
     states = found[0] if isinstance(found, tuple) else found
     if not isinstance(states, Tensor):
-        raise PipelineError(f"{type(pipe).__name__} encodes prompts to {type(states).__name__}, not to one tensor; this family is not supported")
+        seen = f"{type(pipe).__name__} encodes prompts to {type(states).__name__}"
+        raise PipelineError(f"{seen}, not to one tensor; this family is not supported")
     return states
 
 
@@ -59,8 +57,8 @@ def call(
     scheduler: str | None = None,
     callback: Callable[[int, int], None] | None = None,
     pictures: bool,
-) -> list[Image] | Tensor:
-    """The pipeline's own call: pictures, or latents as the family keeps them.
+) -> Any:
+    """The pipeline's own call: a list of pictures, or a tensor of latents as the family keeps them.
 
     One generator per picture, on the CPU: a seed is the same picture in any batch, on any device. Guidance None is conditional only, or
     where guidance is embedded the pipeline's own value. Raises PipelineError where the pipeline needs more than a text.
@@ -87,8 +85,7 @@ def call(
     if callback is not None:
         _count(sampler, callback)
     with _quiet(pipe, sampler), silenced():
-        found: list[Image] | Tensor = pipe(**arguments).images
-    return found
+        return pipe(**arguments).images
 
 
 def _count(sampler: Any, callback: Callable[[int, int], None]) -> None:

@@ -12,8 +12,13 @@ _NOISE = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0
 _TEXT = {"vocab_size": 49408, "max_position_embeddings": 77, "bos_token_id": 49406, "eos_token_id": 49407}
 _CLIP_L = {
     **_TEXT,
-    **{"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12},
-    **{"hidden_act": "quick_gelu", "projection_dim": 768, "pad_token_id": 49407},
+    "hidden_size": 768,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "hidden_act": "quick_gelu",
+    "projection_dim": 768,
+    "pad_token_id": 49407,
 }
 _VAE = {
     "block_out_channels": [128, 256, 512, 512],
@@ -45,8 +50,13 @@ ARCHITECTURES: Mapping[int, Mapping[str, Component]] = {
             "CLIPTextModel",
             {
                 **_TEXT,
-                **{"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 23, "num_attention_heads": 16},
-                **{"hidden_act": "gelu", "projection_dim": 1024, "pad_token_id": 0},
+                "hidden_size": 1024,
+                "intermediate_size": 4096,
+                "num_hidden_layers": 23,
+                "num_attention_heads": 16,
+                "hidden_act": "gelu",
+                "projection_dim": 1024,
+                "pad_token_id": 0,
             },
         ),
         "vae": ("diffusers", "AutoencoderKL", {**_VAE, "sample_size": 768, "scaling_factor": 0.18215}),
@@ -80,8 +90,13 @@ ARCHITECTURES: Mapping[int, Mapping[str, Component]] = {
             "CLIPTextModelWithProjection",
             {
                 **_TEXT,
-                **{"hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32, "num_attention_heads": 20},
-                **{"hidden_act": "gelu", "projection_dim": 1280, "pad_token_id": 0},
+                "hidden_size": 1280,
+                "intermediate_size": 5120,
+                "num_hidden_layers": 32,
+                "num_attention_heads": 20,
+                "hidden_act": "gelu",
+                "projection_dim": 1280,
+                "pad_token_id": 0,
             },
         ),
         "vae": ("diffusers", "AutoencoderKL", {**_VAE, "sample_size": 1024, "scaling_factor": 0.13025}),

@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 import typer
 
 from loraclr.cli import parse, show
+from loraclr.cli.base import SOURCE
 from loraclr.errors import UsageError
 
 
@@ -19,7 +20,7 @@ def convert(
     output: Annotated[Path | None, typer.Option(metavar="OUT", help="The file to write.", show_default="FILE-FORMAT, beside FILE")] = None,
     base: Annotated[
         str | None,
-        typer.Option(help="Base model: a diffusers folder or a hub id. Only DoRA, OFT and BOFT need it.", show_default=False),
+        typer.Option(help=f"{SOURCE} Only DoRA, OFT and BOFT need it.", show_default=False),
     ] = None,
     rank: Annotated[int | None, typer.Option(min=1, help="The most per layer; cuts what has more.", show_default="all of it")] = None,
     dtype: Annotated[Literal["fp16", "fp32"], typer.Option(help="Precision of the output.")] = "fp16",

@@ -19,9 +19,7 @@ if TYPE_CHECKING:
 def merge(
     files: Annotated[list[Path], typer.Argument(metavar="FILE...", help="Adapter files, or PEFT folders.", show_default=False)],
     output: Annotated[Path, typer.Option(metavar="OUT", help="The file to write; its folder must exist.", show_default=False)],
-    base: Annotated[
-        str | None, typer.Option(help=f"{SOURCE} Weight-only methods need none.", show_default=False)
-    ] = None,
+    base: Annotated[str | None, typer.Option(help=f"{SOURCE} Weight-only methods need none.", show_default=False)] = None,
     method: Annotated[str, typer.Option(help="A method, or METHOD:PRESET; see 'loraclr methods'.")] = "loraclr",
     set_: Annotated[
         list[str], typer.Option("--set", metavar="KEY=VALUE", help="A parameter of the method; repeatable.", show_default=False)
