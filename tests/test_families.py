@@ -135,7 +135,7 @@ def test_what_is_collected_is_what_the_layers_of_stock_diffusers_saw(family):
     change = adapter(pipeline, "ada", 1)
     rest = pipeline.stages(of_each_stage(pipeline))[-1]
     seen: dict[str, list[torch.Tensor]] = {name: [] for name in rest}
-    found = modules.layers(modules.components(pipe))
+    found = modules.Layers(modules.components(pipe))
     for name in rest:
         found[name].weight.data += change.layers[name].delta().view(found[name].weight.shape)
         found[name].register_forward_pre_hook(lambda module, inputs, name=name: seen[name].append(modules.rows(module, inputs[0])))
@@ -198,7 +198,7 @@ def test_layers_of_the_real_configurations(family):
     """On the meta device: the names that every format is tested with are those the pipeline looks for."""
     with torch.device("meta"):
         parts = {component: build() for component, build in BUILD[family].items()}
-    assert {name: tuple(module.weight.shape) for name, module in modules.layers(parts).items()} == shapes(family)
+    assert {name: tuple(module.weight.shape) for name, module in modules.Layers(parts).items()} == shapes(family)
     unet = parts.get("unet")
     assert len(modules.cross_attention(unet) if unet else ()) == {"sd1": 16, "sd2": 16, "sdxl": 70, "flux": 0}[family]
 
@@ -218,8 +218,8 @@ def test_bundled_configurations_are_the_real_ones(width, family):
             else:
                 made = getattr(transformers, kind)
                 found[component] = made(made.config_class(**values))
-    assert {name: tuple(module.weight.shape) for name, module in modules.layers(found).items()} == shapes(family)
-    assert all(isinstance(module, LINEAR_OR_CONV) for module in modules.layers(found).values())
+    assert {name: tuple(module.weight.shape) for name, module in modules.Layers(found).items()} == shapes(family)
+    assert all(isinstance(module, LINEAR_OR_CONV) for module in modules.Layers(found).values())
 
 
 def test_families_name_real_classes():

@@ -7,7 +7,6 @@ every other family by diffusers' own calls (`sampling`), with what little they d
 
 from __future__ import annotations
 
-import difflib
 import inspect
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -31,8 +30,6 @@ if TYPE_CHECKING:
 STEPS = 20
 GUIDANCE = 4.0
 
-_LISTED = 10  # problems spelled out in one message; the rest is counted
-
 
 class PromptTruncationWarning(UserWarning):
     """A prompt is longer than the text encoder reads."""
@@ -52,7 +49,7 @@ class Pipeline:
         self._pipe, self._unet = pipe, getattr(pipe, self._denoiser)
         self.source = str(getattr(pipe.config, "_name_or_path", None) or type(pipe).__name__)
         self._components = modules.components(pipe)
-        self.modules: dict[str, nn.Module] = modules.layers(self._components)
+        self.modules = modules.Layers(self._components)
         self.cross_attention_layers: tuple[str, ...] = modules.cross_attention(self._unet) if self._denoiser == "unet" else ()
         self._unpadded: dict[str, int] = {}  # tokens that count of each text encoder's texts, while unpadded texts are captured
         self._layer_rows: Mapping[int, Tensor] = {}
@@ -134,15 +131,15 @@ class Pipeline:
 
     def base_weight(self, name: str) -> Tensor:
         """(out, in) or (out, channels, kh, kw), as stored now: the parameter itself, not a copy. Raises PipelineError."""
-        self._known([name])
-        return self._weight(name)
+        self.modules.known([name])
+        return self.modules.weight(name)
 
     def stages(self, names: Sequence[str]) -> list[list[str]]:
         """The order of a staged merge: text encoders, then cross-attention keys and values of a UNet, then the rest; no empty stages.
 
         Names keep their order within a stage. Raises PipelineError for names that are not in `modules`.
         """
-        self._known(names)
+        self.modules.known(names)
         stages: list[list[str]] = [[], [], []]
         for name in names:
             stages[0 if name.startswith("text_encoder") else 2 if self.cross_attention_index(name) is None else 1].append(name)
@@ -161,7 +158,7 @@ class Pipeline:
         layers that do not fit, before anything is changed.
         """
         layers = adapter.layers if isinstance(adapter, Adapter) else adapter
-        self._check(layers)
+        self.modules.fitting(layers)
         tokens = (
             {}
             if not isinstance(adapter, Adapter)
@@ -169,7 +166,7 @@ class Pipeline:
         )
         with self.with_tokens(tokens), ExitStack() as restore:
             for name, layer in layers.items():
-                weight = self._weight(name)
+                weight = self.modules.weight(name)
                 restore.callback(self._restore, name, weight.clone())
                 delta = layer.delta().to(weight.device).view(weight.shape)
                 weight.copy_(weight.float() + scale * delta)
@@ -211,7 +208,7 @@ class Pipeline:
         same input; inputs of a convolution are unfolded to (t, channels * kh * kw), so
         that output = rows @ weight.flatten(1).T + bias for both. Raises PipelineError for unknown names.
         """
-        self._known(names)
+        self.modules.known(names)
         hooks = modules.recorder({name: self.modules[name] for name in names}, callback, self._unpadded)
         with ExitStack() as handles:
             for name, hook in hooks.items():
@@ -375,14 +372,7 @@ class Pipeline:
 
     def decode(self, latents: Tensor) -> list[Image]:
         """(B, channels, h, w) latents, as `denoise` gives them, to pictures."""
-        from PIL import Image
-
-        vae = self._pipe.vae
-        with torch.inference_mode():
-            scaled = latents / vae.config.scaling_factor + (getattr(vae.config, "shift_factor", None) or 0.0)
-            pictures = vae.decode(scaled.to(self.device, vae.dtype), return_dict=False)[0].float()
-            bytes_ = ((pictures / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
-        return [Image.fromarray(picture) for picture in bytes_]
+        return sampling.decode(self._pipe, latents)
 
     def check_settings(
         self, *, seeds: Sequence[int], steps: int, guidance: float, size: tuple[int, int] | None, scheduler: str | None = None
@@ -450,44 +440,12 @@ class Pipeline:
             )
         return min(len(ids), length)
 
-    def _weight(self, name: str) -> Tensor:
-        return modules.stored_weight(self.modules[name])
-
     def _restore(self, name: str, kept: Tensor) -> None:
-        self._weight(name).copy_(kept)
+        self.modules.weight(name).copy_(kept)
 
     def _has(self, token: str, rows: Tensor) -> bool:
         """So that an adapter can be applied where all concepts' tokens are in already."""
         return token in self._tokens and torch.equal(self._tokens[token], rows)
-
-    def _known(self, names: Sequence[str]) -> None:
-        unknown = [name for name in names if name not in self.modules]
-        if unknown:
-            raise PipelineError(_listed([self._unknown(name) for name in unknown[:_LISTED]], len(unknown)))
-
-    def _unknown(self, name: str) -> str:
-        near = difflib.get_close_matches(name, self.modules, n=1, cutoff=0.7)
-        return f"no layer {name!r}" + (f" (nearest: {near[0]!r})" if near else "")
-
-    def _check(self, layers: Mapping[str, Layer]) -> None:
-        wrong = [
-            name
-            for name, layer in layers.items()
-            if name not in self.modules or not modules.fits(layer.shape, tuple(self._weight(name).shape))
-        ]
-        if wrong:
-            said = [
-                f"{name!r} is {tuple(layers[name].shape)}, the model's weight {tuple(self._weight(name).shape)}"
-                if name in self.modules
-                else self._unknown(name)
-                for name in wrong[:_LISTED]
-            ]
-            raise PipelineError(_listed(said, len(wrong)))
-
-
-def _listed(problems: Sequence[str], count: int) -> str:
-    more = f"; and {count - len(problems)} more" if count > len(problems) else ""
-    return f"{count} layer(s) do not fit the base model: {'; '.join(problems)}{more}; use the base model they were made for"
 
 
 def _halves(negative: Tensor, positive: Tensor) -> Tensor:

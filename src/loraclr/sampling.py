@@ -10,7 +10,7 @@ import functools
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -18,6 +18,9 @@ from torch import Tensor
 from loraclr.errors import PipelineError, UsageError
 from loraclr.families import family_of, takes
 from loraclr.loading import silenced
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 
 def fresh_scheduler(pipe: Any, name: str | None) -> Any:
@@ -86,6 +89,18 @@ def call(
         _count(sampler, callback)
     with _quiet(pipe, sampler), silenced():
         return pipe(**arguments).images
+
+
+def decode(pipe: Any, latents: Tensor) -> list[Image]:
+    """(B, channels, h, w) latents that no family has packed, to pictures."""
+    from PIL import Image
+
+    vae = pipe.vae
+    with torch.inference_mode():
+        scaled = latents / vae.config.scaling_factor + (getattr(vae.config, "shift_factor", None) or 0.0)
+        pictures = vae.decode(scaled.to(pipe._execution_device, vae.dtype), return_dict=False)[0].float()
+        bytes_ = ((pictures / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+    return [Image.fromarray(picture) for picture in bytes_]
 
 
 def _count(sampler: Any, callback: Callable[[int, int], None]) -> None:
