@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import diffusers
@@ -91,8 +92,10 @@ def test_a_known_architecture_needs_the_file_alone(family, width, tmp_path, no_n
 
 
 @pytest.mark.parametrize("width", [768, 1024, 2048])
-def test_names_of_the_real_checkpoints(width):
+def test_names_of_the_real_checkpoints(width, tmp_path):
     """On the meta device: what diffusers makes of every original name is all that the real models hold, in the right shape."""
+    write_config(width, tmp_path, scheduler={})
+    config = {name: json.loads((tmp_path / name / "config.json").read_text()) for name in ("unet", "vae")}
     with torch.device("meta"):
         parts = {}
         for name, (library, kind, values) in ARCHITECTURES[width].items():
@@ -101,10 +104,10 @@ def test_names_of_the_real_checkpoints(width):
                 parts[name] = made(**values) if library == "diffusers" else made(made.config_class(**values))
     found = {
         "unet": converters.convert_ldm_unet_checkpoint(
-            {f"model.diffusion_model.{key}": t for key, t in unet(parts["unet"]).items()}, dict(parts["unet"].config)
+            {f"model.diffusion_model.{key}": t for key, t in unet(parts["unet"]).items()}, config["unet"]
         ),
         "vae": converters.convert_ldm_vae_checkpoint(
-            {f"first_stage_model.{key}": t for key, t in vae(parts["vae"]).items()}, dict(parts["vae"].config)
+            {f"first_stage_model.{key}": t for key, t in vae(parts["vae"]).items()}, config["vae"]
         ),
     }
     for name in ("text_encoder", "text_encoder_2"):

@@ -6,6 +6,7 @@ is handed both, so nothing is ever downloaded.
 
 from __future__ import annotations
 
+import inspect
 import json
 import lzma
 from pathlib import Path
@@ -93,12 +94,20 @@ def _recognised(file: Path, *, known: bool) -> tuple[int, dict[str, Any]]:
 
 
 def write_config(width: int, folder: Path, *, scheduler: dict[str, Any]) -> None:
-    """The configuration half of a diffusers folder: all but weights and tokenizers."""
+    """The configuration half of a diffusers folder: all but weights and tokenizers.
+
+    Whole, with the defaults of diffusers' classes, as its converters look up what is in the file and nothing else.
+    """
+    import diffusers
+
     index: dict[str, Any] = {"_class_name": PIPELINES[width]}
     for name, (library, kind, values) in ARCHITECTURES[width].items():
         index[name] = [library, kind]
         (folder / name).mkdir()
         own = {**values, **scheduler} if name == "scheduler" else dict(values)
+        if library == "diffusers":
+            stated = inspect.signature(getattr(diffusers, kind).__init__).parameters.values()
+            own = {one.name: one.default for one in stated if one.default is not one.empty} | own
         target = folder / name / ("scheduler_config.json" if name == "scheduler" else "config.json")
         target.write_text(json.dumps({"_class_name": kind, **own}))
     for number, _ in enumerate(PADDING[width]):
