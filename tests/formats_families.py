@@ -100,6 +100,7 @@ class Original:
 
     depths: tuple[int, ...]
     middle: int
+    per_block: int = 2
 
     def layers(self) -> Iterator[tuple[str, str]]:
         """Original path, diffusers path."""
@@ -108,7 +109,7 @@ class Original:
         yield from {"time_embed.0": "time_embedding.linear_1", "time_embed.2": "time_embedding.linear_2"}.items()
         number = 1
         for level, depth in enumerate(self.depths):
-            for layer in range(2):
+            for layer in range(self.per_block):
                 yield from self._block(f"input_blocks.{number}", f"down_blocks.{level}", layer, depth)
                 number += 1
             if level < last:
@@ -116,9 +117,9 @@ class Original:
                 number += 1
         number = 0
         for level, depth in enumerate(reversed(self.depths)):
-            for layer in range(3):
+            for layer in range(self.per_block + 1):
                 yield from self._block(f"output_blocks.{number}", f"up_blocks.{level}", layer, depth)
-                if layer == 2 and level < last:
+                if layer == self.per_block and level < last:
                     yield f"output_blocks.{number}.{2 if depth else 1}.conv", f"up_blocks.{level}.upsamplers.0.conv"
                 number += 1
         yield from self._resnet("middle_block.0", "mid_block.resnets.0")

@@ -208,7 +208,7 @@ def _record(
     else:
         seeds = [settings.seed + latents + index for index in range(len(prompts))]
         with pipeline.captured(names, recorder.add):
-            pipeline.denoise(pipeline.encode(prompts), seeds=seeds, steps=settings.steps)
+            pipeline.run(prompts, seeds=seeds, steps=settings.steps)
 
 
 def _paired(kept: Mapping[str, list[Tensor]], limit: int) -> dict[str, Tensor]:

@@ -225,10 +225,11 @@ def text_states(
     bound = [vocabulary.bind(ids, layers=layers) for ids in text.input_ids]
     if layered:
         bound = [ids.expand(layers, -1) for ids in bound]
+    device = torch.device("cpu") if encoder.device.type == "meta" else encoder.device  # offloaded layer by layer: accelerate moves inputs
     mask = None
     if getattr(encoder.config, "use_attention_mask", False):
-        mask = torch.cat([row.expand(len(ids), -1) for row, ids in zip(text.attention_mask, bound, strict=True)]).to(encoder.device)
-    states: Tensor = encoder(torch.cat(bound).to(encoder.device), attention_mask=mask).last_hidden_state
+        mask = torch.cat([row.expand(len(ids), -1) for row, ids in zip(text.attention_mask, bound, strict=True)]).to(device)
+    states: Tensor = encoder(torch.cat(bound).to(device), attention_mask=mask).last_hidden_state
     parts = torch.split_with_sizes(states, [len(ids) for ids in bound])
     if any(len(part) > 1 for part in parts):
         states = torch.stack([part.expand(layers, -1, -1) for part in parts])

@@ -1,38 +1,40 @@
-"""From a folder or a hub id to a diffusers pipeline: what can be wrong is said before diffusers is asked, in one line."""
+"""From a folder, a checkpoint or a hub id to a diffusers pipeline: what can be wrong is said before diffusers is asked, in one line."""
 
 from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from loraclr.errors import PipelineError
+from loraclr.checkpoints import load_checkpoint
+from loraclr.errors import PipelineError, UsageError
 
 
-def load_pipe(source: str | Path, *, dtype: torch.dtype) -> Any:
-    """A diffusers folder or, if `source` is a plain `owner/name`, a model of the hub.
+def load_pipe(source: str | Path, *, dtype: torch.dtype, config: str | Path | None = None) -> Any:
+    """A diffusers folder, a single-file checkpoint or, if `source` is a plain `owner/name`, a model of the hub.
 
-    Raises PipelineError if a local path does not exist or is no diffusers folder, if loading fails, or without diffusers.
+    `config` is a diffusers folder of a checkpoint's architecture. Raises PipelineError if a local path does not exist or is no model, if
+    loading fails, or without diffusers.
     """
     folder = Path(source).expanduser()
     if folder.is_dir() and not (folder / "model_index.json").is_file():
         raise PipelineError(f"{folder} has no model_index.json; give a folder written by a diffusers pipeline's save_pretrained")
-    if folder.is_file():
-        raise PipelineError(
-            f"{folder} is one file; convert it first: StableDiffusionPipeline.from_single_file(...).save_pretrained(folder)"
-        )
     if not folder.exists() and looks_local(source):
         raise PipelineError(f"there is no folder {folder}; check the path, or give a hub id as owner/name")
     try:
         from diffusers import DiffusionPipeline
     except ImportError as error:
         raise PipelineError(f"loading a base model needs diffusers and transformers ({error}); pip install 'loraclr[diffusion]'") from error
+    if config is not None and not folder.is_file():
+        raise PipelineError(f"a config goes with a single-file checkpoint, and {source} is none; leave it out")
     with silenced():
+        if folder.is_file():
+            return load_checkpoint(folder, dtype=dtype, config=None if config is None else Path(config).expanduser())
         kind: Any = DiffusionPipeline
         name = str(folder if folder.exists() else source)
         try:
@@ -42,6 +44,32 @@ def load_pipe(source: str | Path, *, dtype: torch.dtype) -> Any:
             raise PipelineError(
                 f"{source} is no diffusers pipeline that loads ({seen}); check the name, the files and the network"
             ) from error
+
+
+def placed(load: Callable[[], Any], device: str | torch.device, *, offload: bool) -> Any:
+    """What `load` gives, on the device; `offload` leaves it in main memory, each component on the device while it runs.
+
+    `device` may be `auto`: cuda, else mps, else cpu. Raises UsageError for a device that cannot be used, before anything is loaded.
+    """
+    where = chosen(device)
+    if offload and where.type == "cpu":
+        raise UsageError("offloading spares the memory of a GPU, and the base is on the CPU; leave it out, or give a device")
+    pipe = load()
+    if offload:
+        pipe.enable_model_cpu_offload(device=where)
+        return pipe
+    return pipe.to(where)
+
+
+def chosen(device: str | torch.device) -> torch.device:
+    """A device that is there. Raises UsageError."""
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        return torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise UsageError(f"device {str(device)!r} cannot be used ({reason}); give cpu, or auto") from error
 
 
 def looks_local(source: str | Path) -> bool:

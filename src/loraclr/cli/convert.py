@@ -9,6 +9,7 @@ import typer
 
 from loraclr import disk
 from loraclr.cli import parse, show
+from loraclr.cli.base import SOURCE
 from loraclr.errors import UsageError
 
 
@@ -21,7 +22,7 @@ def convert(
     output: Annotated[Path | None, typer.Option(metavar="OUT", help="The file to write.", show_default="FILE-FORMAT, beside FILE")] = None,
     base: Annotated[
         str | None,
-        typer.Option(help="Base model: a diffusers folder or a hub id. DoRA, OFT, BOFT, fused and checkpoint need it.", show_default=False),
+        typer.Option(help=f"{SOURCE} DoRA, OFT, BOFT, fused and checkpoint need it.", show_default=False),
     ] = None,
     rank: Annotated[int | None, typer.Option(min=1, help="The most per layer; cuts what has more.", show_default="all of it")] = None,
     dtype: Annotated[Literal["fp16", "fp32"], typer.Option(help="Precision of the output.")] = "fp16",

@@ -11,6 +11,7 @@ from rich.markup import escape
 from rich.text import Text
 
 from loraclr.cli import parse, show
+from loraclr.cli.base import SOURCE, BaseConfig, BaseDtype, Device, Offload, open_base
 from loraclr.errors import UsageError
 
 if TYPE_CHECKING:
@@ -35,7 +36,7 @@ METRICS = {
 
 
 def evaluate(
-    base: Annotated[str, typer.Option(help="Base model: a diffusers folder or a hub id.", show_default=False)],
+    base: Annotated[str, typer.Option(help=SOURCE, show_default=False)],
     lora: Annotated[
         list[str],
         typer.Option(
@@ -76,6 +77,10 @@ def evaluate(
     negative: Annotated[str, typer.Option(help="What to stay away from.")] = "",
     size: Annotated[str | None, typer.Option(metavar="HxW", help="Height and width in pixels.", show_default="the model's own")] = None,
     batch: Annotated[int, typer.Option(help="Pictures drawn at once.")] = 4,
+    device: Device = "auto",
+    base_dtype: BaseDtype = "fp32",
+    offload: Offload = False,
+    base_config: BaseConfig = None,
     download: Annotated[bool, typer.Option("--download", help="Let clip: fetch a hub id that is not cached.")] = False,
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
@@ -88,10 +93,9 @@ def evaluate(
     from loraclr.evaluate import evaluate as run
     from loraclr.evaluate import read_prompts, read_references
     from loraclr.judges import open_face_judge, open_picture_judge
-    from loraclr.pipeline import Pipeline
 
     templates, shown = read_prompts(prompts), read_references(references)
-    pipeline = Pipeline.load(base)
+    pipeline = open_base(base, device, base_dtype, offload=offload, config=base_config)
     variants = _variants(lora, list(shown), pipeline)
     subjects = _subjects(shown, variants, trigger, class_)
     eyes, face = open_picture_judge(judge, download=download), None if face_judge is None else open_face_judge(face_judge)

@@ -11,6 +11,7 @@ import typer
 
 from loraclr import disk
 from loraclr.cli import parse, show
+from loraclr.cli.base import SOURCE, BaseConfig, BaseDtype, Device, Offload, open_base
 from loraclr.errors import UsageError
 
 if TYPE_CHECKING:
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def generate(
-    base: Annotated[str, typer.Option(help="Base model: a diffusers folder or a hub id.", show_default=False)],
+    base: Annotated[str, typer.Option(help=SOURCE, show_default=False)],
     prompt: Annotated[list[str], typer.Option(help="What to draw; repeatable.", show_default=False)],
     output: Annotated[Path, typer.Option(metavar="DIR", help="Folder for the pictures; made if missing.", show_default=False)],
     lora: Annotated[list[str], typer.Option(metavar="FILE[:SCALE]", help="Adapter to apply; repeatable.", show_default=False)] = [],  # noqa: B006
@@ -36,6 +37,10 @@ def generate(
     guidance: Annotated[float, typer.Option(help="How strictly prompts are followed; 1 switches guidance off.")] = 4.0,
     size: Annotated[str | None, typer.Option(metavar="HxW", help="Height and width in pixels.", show_default="the model's own")] = None,
     batch: Annotated[int, typer.Option(help="Pictures drawn at once.")] = 4,
+    device: Device = "auto",
+    base_dtype: BaseDtype = "fp32",
+    offload: Offload = False,
+    base_config: BaseConfig = None,
     force: Annotated[bool, typer.Option("--force", help="Replace pictures of the same name.")] = False,
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
@@ -50,9 +55,8 @@ def generate(
     from loraclr.formats import load_adapter
     from loraclr.generate import generate as run
     from loraclr.generate import parse_region
-    from loraclr.pipeline import Pipeline
 
-    pipeline = Pipeline.load(base)
+    pipeline = open_base(base, device, base_dtype, offload=offload, config=base_config)
     adapters = [(load_adapter(path, base=pipeline), scale) for path, scale in loras]
     pixels = pipeline.check_settings(seeds=seeds, steps=steps, guidance=guidance, size=asked)
     with ExitStack() as stack:

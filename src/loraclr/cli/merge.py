@@ -11,6 +11,7 @@ from rich.text import Text
 
 from loraclr import disk
 from loraclr.cli import parse, show
+from loraclr.cli.base import SOURCE, BaseConfig, BaseDtype, Device, Offload, open_base
 
 if TYPE_CHECKING:
     from loraclr.merge import LayerReceipt, MergeResult
@@ -19,9 +20,7 @@ if TYPE_CHECKING:
 def merge(
     files: Annotated[list[Path], typer.Argument(metavar="FILE...", help="Adapter files, or PEFT folders.", show_default=False)],
     output: Annotated[Path, typer.Option(metavar="OUT", help="The file to write; its folder must exist.", show_default=False)],
-    base: Annotated[
-        str | None, typer.Option(help="Base model: a diffusers folder or a hub id. Weight-only methods need none.", show_default=False)
-    ] = None,
+    base: Annotated[str | None, typer.Option(help=f"{SOURCE} Weight-only methods need none.", show_default=False)] = None,
     method: Annotated[str, typer.Option(help="A method, or METHOD:PRESET; see 'loraclr methods'.")] = "loraclr",
     set_: Annotated[
         list[str], typer.Option("--set", metavar="KEY=VALUE", help="A parameter of the method; repeatable.", show_default=False)
@@ -55,6 +54,10 @@ def merge(
     ] = [],  # noqa: B006
     no_sources: Annotated[bool, typer.Option("--no-sources", help="Leave out of the file what it was merged from.")] = False,
     measure: Annotated[bool, typer.Option("--measure", help="Report residuals also for methods that need no features.")] = False,
+    device: Device = "auto",
+    base_dtype: BaseDtype = "fp32",
+    offload: Offload = False,
+    base_config: BaseConfig = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing OUT.")] = False,
     json: Annotated[bool, typer.Option("--json", help="Print the receipt as JSON.")] = False,
 ) -> None:
@@ -73,11 +76,10 @@ def merge(
 
     from loraclr.merge import merge as run
     from loraclr.methods import find_method, make_method, parameters
-    from loraclr.pipeline import Pipeline
 
     known = parameters(find_method(method.partition(":")[0]))
     solver = make_method(method, **parse.settings(set_, {row.name: row.type for row in known}))
-    pipeline = None if base is None else Pipeline.load(base)
+    pipeline = None if base is None else open_base(base, device, base_dtype, offload=offload, config=base_config)
     with show.progress(quiet=json) as tell:
         result = run(
             files,

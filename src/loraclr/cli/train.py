@@ -10,6 +10,7 @@ import typer
 
 from loraclr import disk
 from loraclr.cli import parse, show
+from loraclr.cli.base import SOURCE, Device
 from loraclr.cli.methods import present, record
 from loraclr.errors import UsageError
 
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 
 def train(
     pictures: Annotated[Path, typer.Argument(metavar="DIR", help="Pictures of one concept, with NAME.txt and masks/NAME.png if at hand.")],
-    base: Annotated[str, typer.Option(help="Base model: a diffusers folder or a hub id.", show_default=False)],
+    base: Annotated[str, typer.Option(help=SOURCE, show_default=False)],
     trigger: Annotated[str, typer.Option(metavar="WORD", help="The rare word that will call the concept.", show_default=False)],
     output: Annotated[Path, typer.Option(metavar="FILE", help="The file to write; its folder must exist.", show_default=False)],
     recipe: Annotated[str, typer.Option(help="A recipe, or RECIPE:PRESET; see 'loraclr recipes'.")] = "lora",
@@ -51,7 +52,7 @@ def train(
         typer.Option(help="Names and layout of the output.", show_default="edlora for .pth, else kohya"),
     ] = None,
     dtype: Annotated[Literal["fp16", "fp32"], typer.Option(help="Precision of the output.")] = "fp16",
-    device: Annotated[str | None, typer.Option(help="Where to train, such as cuda or cpu.", show_default="cuda if there is one")] = None,
+    device: Device = "auto",
     restart: Annotated[bool, typer.Option("--restart", help="Begin anew where an unfinished training is found.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing FILE.")] = False,
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
@@ -80,7 +81,7 @@ def train(
         raise UsageError(f"--format {form} cannot hold whole matrices; end the output in .safetensors, or --set rank=8")
     others = [load_adapter(path) for path in beside]
     work = output.with_name(f"{output.name}.train")
-    pipeline = Pipeline.load(base, device=_device(device))
+    pipeline = Pipeline.load(base, device=device)
     with show.progress(quiet=json) as tell:
         adapter = run(
             pictures,
@@ -126,19 +127,6 @@ def recipes(
         show.out.print("\nloraclr recipes RECIPE shows its settings", style="dim", markup=False)
         return
     present(chosen[0], described=True)
-
-
-def _device(wanted: str | None) -> str:
-    import torch
-
-    if wanted is None:
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.empty(0, device=wanted)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise UsageError(f"--device {wanted!r} cannot be used ({reason}); give cpu, or leave it out") from error
-    return wanted
 
 
 def _tokens(output: Path) -> Path:

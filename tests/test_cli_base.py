@@ -1,0 +1,73 @@
+"""The base of a command: any family, from a folder or from one file, in the precision and on the device that were asked for."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from families_twins import twin
+from original_names import checkpoint
+from safetensors.torch import save_file
+from test_families import adapter
+
+from loraclr.cli import main
+from loraclr.formats import load_adapter, save_adapter
+from loraclr.pipeline import Pipeline
+
+
+@pytest.fixture
+def xl(tmp_path) -> Path:
+    """base/, base.safetensors and two adapters of an SDXL."""
+    pipe = twin("sdxl")
+    parts = {name: part for name, part in pipe.components.items() if isinstance(part, torch.nn.Module)}
+    save_file({key: tensor.contiguous().clone() for key, tensor in checkpoint(parts).items()}, tmp_path / "base.safetensors")
+    pipe.save_pretrained(tmp_path / "base")
+    for seed, name in enumerate(("ada", "ben")):
+        save_adapter(adapter(Pipeline(pipe), name, seed), tmp_path / f"{name}.safetensors")
+    return tmp_path
+
+
+def call(capsys, *words: object) -> tuple[int, str, str]:
+    capsys.readouterr()  # what making the files said
+    code = main([str(word) for word in words])
+    said = capsys.readouterr()
+    return code, said.out, said.err
+
+
+def test_an_xl_from_one_file_in_half_precision_merged_and_drawn(capsys, xl):
+    base = ["--base", xl / "base.safetensors", "--base-config", xl / "base", "--base-dtype", "bf16", "--device", "cpu", "--json"]
+    code, out, err = call(capsys, "merge", xl / "ada.safetensors", xl / "ben.safetensors", "--output", xl / "both.safetensors", *base)
+    assert (code, err) == (0, "") and json.loads(out)["base"] == str(xl / "base.safetensors")
+    assert set(load_adapter(xl / "both.safetensors").layers) == set(load_adapter(xl / "ada.safetensors").layers)
+    words = ["--lora", xl / "both.safetensors", "--prompt", "ada", "--output", xl / "drawn", "--steps", 1]
+    code, out, err = call(capsys, "generate", *words, *base)
+    (made,) = json.loads(out)
+    assert (code, err) == (0, "") and made["dtype"] == "bfloat16" and made["size"] == [16, 16] and Path(made["file"]).exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--device", "nonsense"), "device 'nonsense' cannot be used"),
+        (("--device", "cpu", "--offload"), "offloading spares the memory of a GPU"),
+        (("--base-config", "."), "a config goes with a single-file checkpoint"),
+    ],
+)
+def test_what_cannot_be_is_one_line(capsys, xl, options, message):
+    code, out, err = call(
+        capsys, "merge", xl / "ada.safetensors", "--base", xl / "base", "--output", xl / "out.safetensors", "--device", "cpu", *options
+    )
+    assert (code, out) == (1, "") and message in err and len(err.splitlines()) == 1
+    assert not (xl / "out.safetensors").exists()
+
+
+def test_training_says_which_families_it_can(capsys, xl):
+    from PIL import Image
+
+    (xl / "pictures").mkdir()
+    Image.new("RGB", (16, 16)).save(xl / "pictures" / "a.png")
+    words = ["train", xl / "pictures", "--base", xl / "base", "--trigger", "qq", "--class", "man", "--output", xl / "qq.safetensors"]
+    code, _, err = call(capsys, *words, "--device", "cpu")
+    assert code == 1 and "not supported; use a Stable Diffusion 1 or 2" in err
