@@ -21,6 +21,7 @@ ORDER = (
     ("formats", "methods"),
     ("conditioning", "loading"),
     ("pipeline",),
+    ("control", "settings", "strategies"),
     ("collect",),
     ("predictions",),
     ("merge",),

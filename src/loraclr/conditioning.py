@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +20,8 @@ from torch import Tensor, nn
 from loraclr.errors import PipelineError, UsageError
 
 Box = tuple[float, float, float, float]
+# (latents, time, what the scheduler makes of latents as the UNet's input) -> latents
+Refine = Callable[[Tensor, Tensor, Callable[[Tensor], Tensor]], Tensor]
 
 _EDGE = 1e-6  # 0.7 * 10 is 7.000000000000001: without slack such a box would lose a row of cells
 
@@ -53,10 +55,14 @@ class RegionStates:
     box: Box
 
     def cells(self, height: int, width: int) -> Tensor:
-        """(n,) flat indices of the cells that lie wholly inside the box on a map of `height` x `width`; none if it is too coarse."""
-        y1, x1, y2, x2 = self.box
-        rows, columns = _within(y1, y2, height), _within(x1, x2, width)
-        return (rows[:, None] * width + columns).flatten()
+        return box_cells(self.box, height, width)
+
+
+def box_cells(box: Box, height: int, width: int) -> Tensor:
+    """(n,) flat indices of the cells that lie wholly inside the box on a map of `height` x `width`; none if it is too coarse."""
+    y1, x1, y2, x2 = box
+    rows, columns = _within(y1, y2, height), _within(x1, x2, width)
+    return (rows[:, None] * width + columns).flatten()
 
 
 def _within(first: float, last: float, cells: int) -> Tensor:

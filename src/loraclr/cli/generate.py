@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
+import click
 import typer
 
 from loraclr.cli import parse, show
 from loraclr.errors import UsageError
 
 if TYPE_CHECKING:
+    from loraclr.control import Control
     from loraclr.generate import Generated
 
 
 def generate(
-    base: Annotated[str, typer.Option(help="Base model: a diffusers folder or a hub id.", show_default=False)],
-    prompt: Annotated[list[str], typer.Option(help="What to draw; repeatable.", show_default=False)],
-    output: Annotated[Path, typer.Option(metavar="DIR", help="Folder for the pictures; made if missing.", show_default=False)],
+    base: Annotated[str | None, typer.Option(help="Base model: a diffusers folder or a hub id.", show_default=False)] = None,
+    prompt: Annotated[list[str], typer.Option(help="What to draw; repeatable.", show_default=False)] = [],  # noqa: B006
+    output: Annotated[Path, typer.Option(metavar="DIR", help="Folder for the pictures; made if missing.", show_default=False)] = ...,  # type: ignore[assignment]
     lora: Annotated[list[str], typer.Option(metavar="FILE[:SCALE]", help="Adapter to apply; repeatable.", show_default=False)] = [],  # noqa: B006
     negative: Annotated[str, typer.Option(help="What to stay away from.")] = "",
     region: Annotated[
@@ -30,33 +34,73 @@ def generate(
             show_default=False,
         ),
     ] = [],  # noqa: B006
+    control: Annotated[
+        list[str],
+        typer.Option(metavar="MODEL|IMAGE[|WEIGHT]", help="Follow a picture: a ControlNet's folder; repeatable.", show_default=False),
+    ] = [],  # noqa: B006
+    adapter: Annotated[
+        list[str],
+        typer.Option(metavar="MODEL|IMAGE[|WEIGHT]", help="The same with a T2I-Adapter's folder; repeatable.", show_default=False),
+    ] = [],  # noqa: B006
+    strategy: Annotated[
+        Literal["omg", "clora"] | None,
+        typer.Option(help="Keep several --lora apart at sampling time instead of adding them up; slow.", show_default=False),
+    ] = None,
+    class_: Annotated[
+        list[str],
+        typer.Option(
+            "--class",
+            metavar="[NAME=]WORDS",
+            help="For --strategy: what kind of thing an adapter's concept is, such as woman; repeatable.",
+            show_default="last word of the call",
+        ),
+    ] = [],  # noqa: B006
     seed: Annotated[list[int], typer.Option(help="Every prompt is drawn with every seed; repeatable.")] = [0],  # noqa: B006
     steps: Annotated[int, typer.Option(help="Denoising steps.")] = 20,
     guidance: Annotated[float, typer.Option(help="How strictly prompts are followed; 1 switches guidance off.")] = 4.0,
     size: Annotated[str | None, typer.Option(metavar="HxW", help="Height and width in pixels.", show_default="the model's own")] = None,
+    from_: Annotated[
+        Path | None,
+        typer.Option("--from", metavar="PNG", help="A picture drawn before: its settings, but for those given here.", show_default=False),
+    ] = None,
     batch: Annotated[int, typer.Option(help="Pictures drawn at once.")] = 4,
     force: Annotated[bool, typer.Option("--force", help="Replace pictures of the same name.")] = False,
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Draw every prompt with every seed. Each PNG carries the settings that made it."""
-    asked = None if size is None else parse.size(size)
-    seeds = list(dict.fromkeys(seed))
-    loras = [parse.lora(text) for text in lora]
+    told: Mapping[str, Any] = {} if from_ is None else _told(from_)
+    base, prompt = base or told.get("base"), prompt or told.get("prompt", [])
+    if base is None or not prompt:
+        raise UsageError("what to draw? give --base and --prompt, or --from with a picture drawn before")
+    asked = parse.size(size) if size is not None else told.get("size")
+    negative, seeds = told.get("negative", negative), list(dict.fromkeys(told.get("seed", seed)))
+    steps, guidance = told.get("steps", steps), told.get("guidance", guidance)
+    chosen = told.get("strategy", strategy)
+    loras = [parse.lora(text) for text in lora] or told.get("lora", [])
+    follow = [parse.control(kind, text) for kind, texts in (("control", control), ("adapter", adapter)) for text in texts]
+    follow = follow or told.get("controls", [])
     paths = _paths(output, prompt, seeds)
     if not force and (taken := [path.name for path in paths if path.exists()]):
         raise UsageError(f"{output} already has {', '.join(taken[:3])}; give another --output, or --force to replace")
+    if class_ and chosen is None:
+        raise UsageError("--class is for --strategy; give both or none")
 
     from loraclr.formats import load_adapter
     from loraclr.generate import generate as run
     from loraclr.generate import parse_region
     from loraclr.pipeline import Pipeline
+    from loraclr.strategies import Part, make_strategy
 
     pipeline = Pipeline.load(base)
     adapters = [(load_adapter(path, base=pipeline), scale) for path, scale in loras]
     pixels = pipeline.check_settings(seeds=seeds, steps=steps, guidance=guidance, size=asked)
+    controls = [_control(*one) for one in follow]
+    nouns = {**told.get("nouns", {}), **parse.by_name(class_, [one.name for one, _ in adapters], "--class")}
+    files = _files(loras, follow)
     with ExitStack() as stack:
-        for adapter, scale in adapters:
-            stack.enter_context(pipeline.applied(adapter, scale=scale))
+        if chosen is None:
+            for one, scale in adapters:
+                stack.enter_context(pipeline.applied(one, scale=scale))
         tell = stack.enter_context(show.progress(quiet=json))
         pictures = run(
             pipeline,
@@ -66,17 +110,93 @@ def generate(
             guidance=guidance,
             negative=negative,
             size=pixels,
-            regions=[parse_region(text, pixels) for text in region],
+            regions=[parse_region(text, pixels) for text in region] or told.get("regions", []),
+            controls=controls,
+            strategy=None if chosen is None else make_strategy(chosen) if isinstance(chosen, str) else chosen,
+            parts=[] if chosen is None else [Part(one, scale, nouns.get(one.name)) for one, scale in adapters],
+            scheduler=told.get("scheduler"),
             batch_size=batch,
             callback=lambda done, total: tell("drawing", done / total),
         )
         output.mkdir(parents=True, exist_ok=True)
-        made = [{"file": str(_write(picture, path)), **picture.settings} for path, picture in zip(paths, pictures, strict=True)]
+        made = []
+        for path, picture in zip(paths, pictures, strict=True):
+            whole = replace(picture, settings={**picture.settings, "files": files})
+            made.append({"file": str(_write(whole, path)), **whole.settings})
     if json:
         show.as_json(made)
     else:
-        for picture in made:
-            show.out.print(f"written: {picture['file']}", markup=False)
+        for written in made:
+            show.out.print(f"written: {written['file']}", markup=False)
+
+
+def _told(picture: Path) -> dict[str, Any]:
+    """What a picture says for every option that is not given. Raises UsageError if a file that it needs is gone or another one now."""
+    from loraclr.conditioning import Region
+    from loraclr.formats import digest
+    from loraclr.settings import read_settings, warn_of_versions
+    from loraclr.strategies import make_strategy
+
+    context = click.get_current_context()
+    given = {name for name in context.params if context.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE}
+    settings = read_settings(picture)
+    warn_of_versions(settings, picture)
+    files = settings.get("files") or {"loras": [], "controls": []}
+    needed: list[tuple[str, str, str | None]] = []
+    told: dict[str, Any] = {name: settings[name] for name in ("base", "negative", "steps", "guidance")}
+    told |= {"prompt": [settings["prompt"]], "seed": [settings["seed"]], "size": tuple(settings["size"])}
+    told["scheduler"] = settings.get("scheduler")
+    told["regions"] = [Region(one["prompt"], tuple(one["box"]), one["negative"]) for one in settings.get("regions") or ()]
+    if "strategy" not in given and (stated := settings.get("strategy")):
+        told["strategy"] = make_strategy(stated["name"], {name: value for name, value in stated.items() if name != "name"})
+        told["nouns"] = {one["name"]: one["noun"] for one in settings["adapters"] if "noun" in one}
+    if "lora" not in given:
+        if len(files["loras"]) != len(settings.get("adapters") or ()):
+            names = ", ".join(one["name"] for one in settings["adapters"])
+            raise UsageError(f"{picture} was drawn with {names} and does not say where these lie; give --lora")
+        told["lora"] = [(Path(one["file"]), one["scale"]) for one in files["loras"]]
+        needed += [("--lora", one["file"], one["sha256"]) for one in files["loras"]]
+    if not {"control", "adapter"} & given:
+        if len(files["controls"]) != len(settings.get("controls") or ()):
+            raise UsageError(f"{picture} followed pictures and does not say where these lie; give --control or --adapter")
+        told["controls"] = [(one["kind"], Path(one["model"]), Path(one["image"]), one["weight"]) for one in files["controls"]]
+        for one in files["controls"]:
+            needed += [(f"--{one['kind']}", one["model"], None), (f"--{one['kind']}", one["image"], one["sha256"])]
+    problems = []
+    for option, file, known in needed:
+        if not Path(file).exists():
+            problems.append(f"{file} is not there any more; give {option}")
+        elif known is not None and digest(Path(file)) != known:
+            problems.append(f"{file} is not the file that {picture.name} was drawn with; to take it all the same give {option}")
+    if problems:
+        raise UsageError("; ".join(problems))
+    return {name: value for name, value in told.items() if name not in given}
+
+
+def _files(loras: Sequence[tuple[Path, float]], follow: Sequence[tuple[str, Path, Path, float]]) -> dict[str, list[dict[str, object]]]:
+    """What a picture needs to be drawn again, with digests."""
+    from loraclr.formats import digest
+
+    return {
+        "loras": [{"file": str(path), "scale": scale, "sha256": digest(path)} for path, scale in loras],
+        "controls": [
+            {"kind": kind, "model": str(model), "image": str(image), "weight": weight, "sha256": digest(image)}
+            for kind, model, image, weight in follow
+        ],
+    }
+
+
+def _control(kind: str, model: Path, image: Path, weight: float) -> Control:
+    from PIL import Image, UnidentifiedImageError
+
+    from loraclr.control import Control, load_control
+
+    try:
+        with Image.open(image) as opened:
+            seen = opened.convert("RGB")
+    except (UnidentifiedImageError, OSError) as error:
+        raise UsageError(f"--{kind}: {image} is not a picture that can be read ({error})") from error
+    return Control(load_control(kind, model), seen, weight, name=model.name)
 
 
 def _write(picture: Generated, path: Path) -> Path:

@@ -9,11 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from loraclr.adapter import Adapter
+from loraclr.adapter import Adapter, noun_of
 from loraclr.errors import UsageError
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+
+__all__ = ["Subject", "call_of", "fill", "noun_of", "read_prompts", "read_references", "template"]
 
 PLACES = ("{}", "<TOK>")
 ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
@@ -76,12 +78,6 @@ def call_of(adapter: Adapter, name: str, *, alone: bool) -> str | None:
     except (KeyError, ValueError, TypeError):
         return (adapter.call or None) if alone else None
     return stated.get(name) or None
-
-
-def noun_of(call: str) -> str | None:
-    """The class noun in a plain call: `woman` of `rhea woman`. None where the call is one word, or learned tokens."""
-    words = call.split()
-    return words[-1] if len(words) > 1 and not re.fullmatch(r"<.*>", words[-1]) else None
 
 
 def _pictures(folder: Path) -> list[Path]:

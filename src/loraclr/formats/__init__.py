@@ -16,6 +16,7 @@ from loraclr.adapter import Adapter
 from loraclr.errors import FormatError
 from loraclr.formats import comfy, diffusers, edlora, files, header, kohya, names, peft, sidecar
 from loraclr.formats.base import FLOATS, AdapterFormat, BaseWeights, Content, PrecisionWarning, unplaced
+from loraclr.formats.files import digest
 from loraclr.formats.report import FileReport, report
 
 __all__ = [
@@ -28,6 +29,7 @@ __all__ = [
     "PrecisionWarning",
     "describe",
     "detect_format",
+    "digest",
     "load_adapter",
     "save_adapter",
 ]
