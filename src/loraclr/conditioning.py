@@ -133,8 +133,11 @@ class ConditionedAttention:
 def conditioned(attentions: Sequence[Any], *, latent: tuple[int, int], regions: Sequence[RegionStates] = ()) -> Iterator[None]:
     """Let diffusers `Attention` modules (in layer order) take 4-D states and regions; their own processors come back on exit.
 
-    `latent` is the height and width of the latent that the UNet is given inside the context.
+    `latent` is the height and width of the latent that the UNet is given inside the context. Raises PipelineError for regions without
+    any such module.
     """
+    if regions and not attentions:
+        raise PipelineError("this UNet has no cross-attention modules called attn2, where regions act; use another base model")
     kept = [attention.processor for attention in attentions]
     try:
         for layer, attention in enumerate(attentions):

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-import click
 import typer
 
 from loraclr.cli import parse, show
@@ -21,9 +20,10 @@ if TYPE_CHECKING:
 
 
 def generate(
+    context: typer.Context,
+    output: Annotated[Path, typer.Option(metavar="DIR", help="Folder for the pictures; made if missing.", show_default=False)],
     base: Annotated[str | None, typer.Option(help="Base model: a diffusers folder or a hub id.", show_default=False)] = None,
     prompt: Annotated[list[str], typer.Option(help="What to draw; repeatable.", show_default=False)] = [],  # noqa: B006
-    output: Annotated[Path, typer.Option(metavar="DIR", help="Folder for the pictures; made if missing.", show_default=False)] = ...,  # type: ignore[assignment]
     lora: Annotated[list[str], typer.Option(metavar="FILE[:SCALE]", help="Adapter to apply; repeatable.", show_default=False)] = [],  # noqa: B006
     negative: Annotated[str, typer.Option(help="What to stay away from.")] = "",
     region: Annotated[
@@ -68,7 +68,7 @@ def generate(
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Draw every prompt with every seed. Each PNG carries the settings that made it."""
-    told: Mapping[str, Any] = {} if from_ is None else _told(from_)
+    told: Mapping[str, Any] = {} if from_ is None else _told(from_, _given(context))
     base, prompt = base or told.get("base"), prompt or told.get("prompt", [])
     if base is None or not prompt:
         raise UsageError("what to draw? give --base and --prompt, or --from with a picture drawn before")
@@ -130,60 +130,78 @@ def generate(
             show.out.print(f"written: {written['file']}", markup=False)
 
 
-def _told(picture: Path) -> dict[str, Any]:
-    """What a picture says for every option that is not given. Raises UsageError if a file that it needs is gone or another one now."""
-    from loraclr.conditioning import Region
-    from loraclr.formats import digest
-    from loraclr.settings import read_settings, warn_of_versions
-    from loraclr.strategies import make_strategy
+def _given(context: typer.Context) -> set[str]:
+    """The options that stand on the command line."""
+    sources = {name: context.get_parameter_source(name) for name in context.params}
+    return {name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"}
 
-    context = click.get_current_context()
-    given = {name for name in context.params if context.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE}
+
+def _told(picture: Path, given: Set[str]) -> dict[str, Any]:
+    """What a picture says for every option that is not given. Raises UsageError if a file that it needs is gone or another one now."""
+    from loraclr.settings import read_settings, warn_of_versions
+
     settings = read_settings(picture)
     warn_of_versions(settings, picture)
-    files = settings.get("files") or {"loras": [], "controls": []}
-    needed: list[tuple[str, str, str | None]] = []
-    told: dict[str, Any] = {name: settings[name] for name in ("base", "negative", "steps", "guidance")}
-    told |= {"prompt": [settings["prompt"]], "seed": [settings["seed"]], "size": tuple(settings["size"])}
-    told["scheduler"] = settings.get("scheduler")
-    told["regions"] = [Region(one["prompt"], tuple(one["box"]), one["negative"]) for one in settings.get("regions") or ()]
-    if "strategy" not in given and (stated := settings.get("strategy")):
-        told["strategy"] = make_strategy(stated["name"], {name: value for name, value in stated.items() if name != "name"})
-        told["nouns"] = {one["name"]: one["noun"] for one in settings["adapters"] if "noun" in one}
-    if "lora" not in given:
-        if len(files["loras"]) != len(settings.get("adapters") or ()):
-            names = ", ".join(one["name"] for one in settings["adapters"])
-            raise UsageError(f"{picture} was drawn with {names} and does not say where these lie; give --lora")
-        told["lora"] = [(Path(one["file"]), one["scale"]) for one in files["loras"]]
-        needed += [("--lora", one["file"], one["sha256"]) for one in files["loras"]]
-    if not {"control", "adapter"} & given:
-        if len(files["controls"]) != len(settings.get("controls") or ()):
-            raise UsageError(f"{picture} followed pictures and does not say where these lie; give --control or --adapter")
-        told["controls"] = [(one["kind"], Path(one["model"]), Path(one["image"]), one["weight"]) for one in files["controls"]]
-        for one in files["controls"]:
-            needed += [(f"--{one['kind']}", one["model"], None), (f"--{one['kind']}", one["image"], one["sha256"])]
+    try:
+        told, needed = _options(settings, given)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        seen = f"{type(error).__name__}: {error}"
+        raise UsageError(f"the settings inside {picture} are not of the form that loraclr writes ({seen}); draw it anew") from error
     problems = []
+    if told.pop("lost"):
+        problems.append(f"{picture} was drawn with files of which it does not say where they lie; give --lora, --control, --adapter")
     for option, file, known in needed:
         if not Path(file).exists():
             problems.append(f"{file} is not there any more; give {option}")
-        elif known is not None and digest(Path(file)) != known:
+        elif known is not None and _digest(Path(file)) != known:
             problems.append(f"{file} is not the file that {picture.name} was drawn with; to take it all the same give {option}")
     if problems:
         raise UsageError("; ".join(problems))
-    return {name: value for name, value in told.items() if name not in given}
+    return told
+
+
+def _options(settings: Mapping[str, Any], given: Set[str]) -> tuple[dict[str, Any], list[tuple[str, str, str | None]]]:
+    """Settings as values of the options that are not given, and the files that these need: option, file, digest. `lost` tells whether
+    some of them are not named."""
+    from loraclr.conditioning import Region
+    from loraclr.strategies import make_strategy
+
+    files = settings.get("files") or {"loras": [], "controls": []}
+    told: dict[str, Any] = {name: settings[name] for name in ("base", "negative", "steps", "guidance")}
+    told |= {"prompt": [settings["prompt"]], "seed": [int(settings["seed"])], "size": tuple(settings["size"]), "lost": False}
+    told["scheduler"] = settings.get("scheduler")
+    told["regions"] = [Region(one["prompt"], tuple(one["box"]), one["negative"]) for one in settings.get("regions") or ()]
+    if stated := settings.get("strategy"):
+        told["strategy"] = make_strategy(stated["name"], {name: value for name, value in stated.items() if name != "name"})
+        told["nouns"] = {one["name"]: one["noun"] for one in settings["adapters"]}
+    needed: list[tuple[str, str, str | None]] = []
+    if "lora" not in given:
+        told["lora"] = [(Path(one["file"]), float(one["scale"])) for one in files["loras"]]
+        told["lost"] |= len(told["lora"]) != len(settings.get("adapters") or ())
+        needed += [("--lora", one["file"], one["sha256"]) for one in files["loras"]]
+    if not {"control", "adapter"} & given:
+        told["controls"] = [(one["kind"], Path(one["model"]), Path(one["image"]), float(one["weight"])) for one in files["controls"]]
+        told["lost"] |= len(told["controls"]) != len(settings.get("controls") or ())
+        for one in files["controls"]:
+            needed += [(f"--{one['kind']}", one["model"], None), (f"--{one['kind']}", one["image"], one["sha256"])]
+    return {name: value for name, value in told.items() if name not in given}, needed
 
 
 def _files(loras: Sequence[tuple[Path, float]], follow: Sequence[tuple[str, Path, Path, float]]) -> dict[str, list[dict[str, object]]]:
     """What a picture needs to be drawn again, with digests."""
-    from loraclr.formats import digest
-
     return {
-        "loras": [{"file": str(path), "scale": scale, "sha256": digest(path)} for path, scale in loras],
+        "loras": [{"file": str(path), "scale": scale, "sha256": _digest(path)} for path, scale in loras],
         "controls": [
-            {"kind": kind, "model": str(model), "image": str(image), "weight": weight, "sha256": digest(image)}
+            {"kind": kind, "model": str(model), "image": str(image), "weight": weight, "sha256": _digest(image)}
             for kind, model, image, weight in follow
         ],
     }
+
+
+def _digest(path: Path) -> str:
+    from loraclr.formats import digest
+
+    return digest(path)
 
 
 def _control(kind: str, model: Path, image: Path, weight: float) -> Control:

@@ -44,16 +44,23 @@ def fill(template: str, words: str) -> str:
     return re.sub(r"\s+([,.]|$)", r"\1", " ".join(template.replace("{}", words).split()))
 
 
-def read_prompts(path: str | Path) -> list[str]:
-    """One prompt a line; empty lines and lines that start with # are passed over."""
+def read_prompts(path: str | Path) -> dict[str, str]:
+    """Prompt -> its group, "" outside of any. One prompt a line; `[context]` alone on a line begins a group of that name; empty lines
+    and lines that start with # are passed over."""
     try:
         lines = Path(path).read_text(encoding="utf-8").splitlines()
     except UnicodeDecodeError as error:
         raise UsageError(f"{path} is no UTF-8 text ({error.reason}); give a text file with one prompt a line") from error
-    prompts = [line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#")]
+    prompts: dict[str, str] = {}
+    group = ""
+    for line in (line.strip() for line in lines):
+        if head := re.fullmatch(r"\[([^\[\]{}<>]+)\]", line):
+            group = head[1].strip()
+        elif line and not line.startswith("#"):
+            prompts.setdefault(template(line), group)
     if not prompts:
         raise UsageError(f"{path} holds no prompt; write one a line, with {{}} where the concept's words go")
-    return list(dict.fromkeys(template(prompt) for prompt in prompts))
+    return prompts
 
 
 def read_references(folder: str | Path) -> dict[str, list[Image]]:

@@ -48,7 +48,7 @@ def evaluate(
     variants: Mapping[str, Variant | Adapter],
     subjects: Sequence[Subject],
     *,
-    prompts: Sequence[str],
+    prompts: Sequence[str] | Mapping[str, str],
     judge: PictureJudge,
     output: str | Path,
     face: FaceJudge | None = None,
@@ -64,8 +64,9 @@ def evaluate(
 
     The control `base` has no adapter and the class noun in place of the call; `references` is how the judges rate each reference
     picture against the others of its concept, which is about the best that generated pictures can reach. `prompts` hold one {} or
-    <TOK> each for the concept's words. Pictures go to OUTPUT/pictures/LABEL/CONCEPT/, the result to OUTPUT/evaluation.json. Without
-    a face judge there is no identity. Raises UsageError with everything that is wrong with the arguments before anything is drawn.
+    <TOK> each for the concept's words; a mapping gives each its group. Pictures go to OUTPUT/pictures/LABEL/CONCEPT/, the result to
+    OUTPUT/evaluation.json. Without a face judge there is no identity. Raises UsageError with everything that is wrong with the arguments
+    before anything is drawn.
     """
     templates = [template(prompt) for prompt in prompts]
     wanted = {label: variant if isinstance(variant, Variant) else Variant(variant) for label, variant in variants.items()}
@@ -116,6 +117,7 @@ def evaluate(
             **settings,
             "base": pipeline.source,
             "prompts": templates,
+            "groups": {template(prompt): group for prompt, group in prompts.items()} if isinstance(prompts, Mapping) else {},
             "seeds": list(seeds),
             "judge": judge.name,
             "face_judge": None if face is None else face.name,

@@ -77,7 +77,7 @@ class Cast:
         `states` are what each part reads, (halves, T, dim) or (halves, L, T, dim). `before()` is called before each part's pass, and
         `mask(number, (h, w))`, (h, w) bool, right after it. `since` is the share of the noise that the base takes away alone.
         """
-        latest = (1 - since) * int(self.pipeline.pipe.scheduler.config.num_train_timesteps)
+        latest = (1 - since) * int(self.pipeline.pipe.scheduler.config.num_train_timesteps) + 1  # older models' times count from 1
 
         def blend(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> Any:
             sample, time = inputs[:2]

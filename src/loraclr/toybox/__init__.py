@@ -78,17 +78,23 @@ class Toybox:
         """One adapter file per identity of the split."""
         return {name: next((self.data / "loras" / split).glob(f"{name}.*")) for name in self.names(split)}
 
+    @property
+    def prompts_path(self) -> Path:
+        """The twenty prompts of the evaluation protocol, in four groups, as `loraclr evaluate --prompts` reads them."""
+        return self.data / "prompts.txt"
+
     def references(self, name: str) -> list[Image.Image]:
         """The 16 pictures (64x64) that the identity's adapter was trained on."""
         strip = Image.open(self.data / "references" / f"{name}.png").convert("RGB")
         return [strip.crop((x, 0, x + SIDE, SIDE)) for x in range(0, strip.width, SIDE)]
 
     def export(self, folder: Path, split: str = "development") -> Path:
-        """Write `base/`, `loras/` and `references/NAME/` into a new or empty folder."""
+        """Write `base/`, `loras/`, `references/NAME/` and `prompts.txt` into a new or empty folder."""
         paths = self.adapter_paths(split)
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise UsageError(f"{folder} exists and is not an empty folder; give another one")
         shutil.copytree(self.base_path, folder / "base")
+        shutil.copy(self.prompts_path, folder)
         (folder / "loras").mkdir()
         for name, path in paths.items():
             shutil.copy(path, folder / "loras" / path.name)
