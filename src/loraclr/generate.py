@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -81,7 +82,8 @@ def generate(
     if batch_size < 1:
         raise UsageError(f"batch_size {batch_size} is not a number of pictures; give 1 or more")
     size = pipeline.check_settings(seeds=seeds, steps=steps, guidance=guidance, size=size, scheduler=scheduler)
-    check_fit(pipeline.unet, controls)
+    if controls:
+        check_fit(pipeline.unet, controls)
     if strategy is not None:
         _check_strategy(strategy, pipeline, prompts, parts, regions)
     elif parts:
@@ -115,7 +117,7 @@ def generate(
                 if callback is not None:
                     callback(before * total + step, len(batches) * total)
 
-            with controlled(pipeline.unet, controls, size=size):
+            with controlled(pipeline.unet, controls, size=size) if controls else nullcontext():
                 if strategy is not None and cast is not None:
                     ((prompt, seed),) = batch
                     scene = Scene(prompt, seed, size, steps, guidance, negative, tuple(regions), scheduler, progress)

@@ -90,7 +90,7 @@ def main() -> None:
         others = torch.cat([table[~torch.eye(count, dtype=torch.bool)] for table in tables])
         row = {
             "people": count, "scenes": arguments.scenes, "attributes": float(torch.stack(shares).mean()),
-            "attributes of the others": float(others.mean()), "present": float(placed.share.mean()),
+            "attributes of the others": float(others.mean()) if count > 1 else None, "present": float(placed.share.mean()),
             "all present": float(placed.everyone.mean()), "present anywhere": float(free.share.mean()),
         }  # fmt: skip
         print(json.dumps({key: round(value, 3) if isinstance(value, float) else value for key, value in row.items()}), flush=True)

@@ -118,12 +118,14 @@ def contrast(maps: Tensor, labels: Tensor, *, temperature: float) -> Tensor:
 
     0 without two maps of one label, and where there is one label only.
     """
+    maps = maps.to(torch.promote_types(maps.dtype, torch.float32))
+    labels = labels.to(maps.device)
     low, high = maps.amin(1, keepdim=True), maps.amax(1, keepdim=True)
     unit = normalize((maps - low) / (high - low).clamp(min=torch.finfo(maps.dtype).tiny), dim=1)
     likeness = unit @ unit.T / temperature
     same = labels[:, None] == labels
     others = likeness.masked_fill(same, -torch.inf).logsumexp(1, keepdim=True)  # -inf without others
-    pairs = same & ~torch.eye(len(labels), dtype=torch.bool)
+    pairs = same & ~torch.eye(len(labels), dtype=torch.bool, device=maps.device)
     if not bool(pairs.any()) or bool(same.all()):
         return likeness.sum() * 0
     return (torch.logaddexp(likeness, others) - likeness)[pairs].mean()
