@@ -115,7 +115,12 @@ def controlled(unet: nn.Module, controls: Sequence[Control], *, size: tuple[int,
             own = _cross_attentions(control.model)
             with conditioned(own, latent=(sample.shape[-2], sample.shape[-1])) if states.ndim == 4 else nullcontext():
                 blocks, mid = control.model(
-                    sample, time, states, pixels.expand(len(sample), -1, -1, -1), conditioning_scale=1.0, return_dict=False
+                    sample,
+                    time,
+                    states,
+                    pixels.expand(len(sample), -1, -1, -1),
+                    added_cond_kwargs=named.get("added_cond_kwargs"),
+                    return_dict=False,
                 )
             down = _sum(down, [_weighted(one, control) for one in blocks])
             middle = _weighted(mid, control) if middle is None else middle + _weighted(mid, control)

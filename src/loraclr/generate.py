@@ -143,7 +143,6 @@ def generate(
 def _check_strategy(
     strategy: Strategy, pipeline: Pipeline, prompts: Sequence[str], parts: Sequence[Part], regions: Sequence[Region]
 ) -> None:
-    pipeline.check_plain()
     if not parts:
         raise UsageError(f"strategy {strategy.name} needs at least one adapter; give one for each concept of the scene")
     if pipeline.adapters:

@@ -3,8 +3,10 @@
     python scenes.py BASE JUDGE CONCEPTS                                 the base alone, told what everybody looks like
     python scenes.py BASE JUDGE CONCEPTS --lora merged.safetensors       one adapter that holds all, by regions
     python scenes.py BASE JUDGE CONCEPTS --loras FOLDER --strategy omg   one file for each, kept apart at sampling time
+    ... --counts 2 --free                                                by the prompt alone, no boxes: masks come from attention
 
-CONCEPTS is the toybox's concepts.json. A person counts as present where at least four of five attributes are right inside the own box.
+CONCEPTS is the toybox's concepts.json. A person counts as present where at least four of five attributes are right inside the own box. The judge
+always sees somebody: what it says of a box in which nobody is, is guessed. Look at the pictures, too (--pictures).
 """
 
 from __future__ import annotations
@@ -48,10 +50,13 @@ def main() -> None:
     parser.add_argument("--split", default="development")
     parser.add_argument("--counts", type=int, nargs="+", default=[2, 3, 4, 6])
     parser.add_argument("--scenes", type=int, default=6, help="different groups of people for each count, one seed each")
+    parser.add_argument("--free", action="store_true", help="no boxes; for two people, told to be left and right")
     parser.add_argument("--pictures", type=Path, help="folder for the pictures")
     arguments = parser.parse_args()
     if (arguments.strategy is None) != (arguments.loras is None):
         parser.error("--strategy and --loras go together")
+    if arguments.free and arguments.counts != [2]:
+        parser.error("--free knows words for two people only: --counts 2")
 
     people = {name: one for name, one in json.loads(arguments.concepts.read_text()).items() if one["split"] == arguments.split}
     judge, pipeline = Judge.load(arguments.judge), Pipeline.load(arguments.base)
@@ -68,6 +73,8 @@ def main() -> None:
                 calls = [f"a {singles[name].call}" if singles else looks(people[name]) for name in chosen]
             regions = [Region(f"{call} in a forest", (0.0, k / count, 1.0, (k + 1) / count)) for k, call in enumerate(calls)]
             prompt = " and ".join(calls) + " in a forest" if arguments.strategy == "clora" else CONTEXT
+            if arguments.free:
+                prompt = f"{calls[0]} on the left and {calls[1]} on the right in a forest"
             with ExitStack() as stack:
                 if merged is not None:
                     stack.enter_context(pipeline.applied(merged))
@@ -76,7 +83,7 @@ def main() -> None:
                     [prompt],
                     seeds=[scene],
                     size=(SIDE, SIDE * count),
-                    regions=regions,
+                    regions=() if arguments.free else regions,
                     strategy=make_strategy(arguments.strategy) if arguments.strategy else None,
                     parts=[Part(singles[name], noun=people[name]["noun"]) for name in chosen] if singles else [],
                 )
