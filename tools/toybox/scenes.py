@@ -5,8 +5,8 @@
     python scenes.py BASE JUDGE CONCEPTS --loras FOLDER --strategy omg   one file for each, kept apart at sampling time
     ... --counts 2 --free                                                by the prompt alone, no boxes: masks come from attention
 
-CONCEPTS is the toybox's concepts.json. A person counts as present where at least four of five attributes are right inside the own box. The judge
-always sees somebody: what it says of a box in which nobody is, is guessed. Look at the pictures, too (--pictures).
+CONCEPTS is the toybox's concepts.json. A person counts as present where at least four of five attributes are right inside
+the own box. The judge always sees somebody: what it says of a box in which nobody is, is guessed. Look at the pictures, too (--pictures).
 """
 
 from __future__ import annotations

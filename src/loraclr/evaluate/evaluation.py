@@ -50,7 +50,7 @@ class Row:
         out: dict[str, dict[str, float]] = {}
         for name in dict.fromkeys(groups.values()):
             at = [index for index, prompt in enumerate(self.prompts) if groups.get(prompt) == name]
-            if name and at:
+            if at:
                 out[name] = {metric: float(values[at].nanmean()) for metric, values in self.values.items()}
         return out
 

@@ -117,7 +117,7 @@ def evaluate(
             **settings,
             "base": pipeline.source,
             "prompts": templates,
-            "groups": {template(prompt): group for prompt, group in prompts.items()} if isinstance(prompts, Mapping) else {},
+            "groups": {template(text): group for text, group in prompts.items() if group} if isinstance(prompts, Mapping) else {},
             "seeds": list(seeds),
             "judge": judge.name,
             "face_judge": None if face is None else face.name,
