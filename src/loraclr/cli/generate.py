@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from loraclr.cli import parse, show
+from loraclr.cli import again, parse, show
 from loraclr.errors import UsageError
 
 if TYPE_CHECKING:
@@ -68,7 +68,7 @@ def generate(
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Draw every prompt with every seed. Each PNG carries the settings that made it."""
-    told: Mapping[str, Any] = {} if from_ is None else _told(from_, _given(context))
+    told: Mapping[str, Any] = {} if from_ is None else again.told_by(from_, again.given(context))
     base, prompt = base or told.get("base"), prompt or told.get("prompt", [])
     if base is None or not prompt:
         raise UsageError("what to draw? give --base and --prompt, or --from with a picture drawn before")
@@ -96,7 +96,7 @@ def generate(
     pixels = pipeline.check_settings(seeds=seeds, steps=steps, guidance=guidance, size=asked)
     controls = [_control(*one) for one in follow]
     nouns = {**told.get("nouns", {}), **parse.by_name(class_, [one.name for one, _ in adapters], "--class")}
-    files = _files(loras, follow)
+    files = again.files_of(loras, follow)
     with ExitStack() as stack:
         if chosen is None:
             for one, scale in adapters:
@@ -128,80 +128,6 @@ def generate(
     else:
         for written in made:
             show.out.print(f"written: {written['file']}", markup=False)
-
-
-def _given(context: typer.Context) -> set[str]:
-    """The options that stand on the command line."""
-    sources = {name: context.get_parameter_source(name) for name in context.params}
-    return {name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"}
-
-
-def _told(picture: Path, given: Set[str]) -> dict[str, Any]:
-    """What a picture says for every option that is not given. Raises UsageError if a file that it needs is gone or another one now."""
-    from loraclr.settings import read_settings, warn_of_versions
-
-    settings = read_settings(picture)
-    warn_of_versions(settings, picture)
-    try:
-        told, needed = _options(settings, given)
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        seen = f"{type(error).__name__}: {error}"
-        raise UsageError(f"the settings inside {picture} are not of the form that loraclr writes ({seen}); draw it anew") from error
-    problems = []
-    if told.pop("lost"):
-        problems.append(f"{picture} was drawn with files of which it does not say where they lie; give --lora, --control, --adapter")
-    for option, file, known in needed:
-        if not Path(file).exists():
-            problems.append(f"{file} is not there any more; give {option}")
-        elif known is not None and _digest(Path(file)) != known:
-            problems.append(f"{file} is not the file that {picture.name} was drawn with; to take it all the same give {option}")
-    if problems:
-        raise UsageError("; ".join(problems))
-    return told
-
-
-def _options(settings: Mapping[str, Any], given: Set[str]) -> tuple[dict[str, Any], list[tuple[str, str, str | None]]]:
-    """Settings as values of the options that are not given, and the files that these need: option, file, digest. `lost` tells whether
-    some of them are not named."""
-    from loraclr.conditioning import Region
-    from loraclr.strategies import make_strategy
-
-    files = settings.get("files") or {"loras": [], "controls": []}
-    told: dict[str, Any] = {name: settings[name] for name in ("base", "negative", "steps", "guidance")}
-    told |= {"prompt": [settings["prompt"]], "seed": [int(settings["seed"])], "size": tuple(settings["size"]), "lost": False}
-    told["scheduler"] = settings.get("scheduler")
-    told["regions"] = [Region(one["prompt"], tuple(one["box"]), one["negative"]) for one in settings.get("regions") or ()]
-    if stated := settings.get("strategy"):
-        told["strategy"] = make_strategy(stated["name"], {name: value for name, value in stated.items() if name != "name"})
-        told["nouns"] = {one["name"]: one["noun"] for one in settings["adapters"]}
-    needed: list[tuple[str, str, str | None]] = []
-    if "lora" not in given:
-        told["lora"] = [(Path(one["file"]), float(one["scale"])) for one in files["loras"]]
-        told["lost"] |= len(told["lora"]) != len(settings.get("adapters") or ())
-        needed += [("--lora", one["file"], one["sha256"]) for one in files["loras"]]
-    if not {"control", "adapter"} & given:
-        told["controls"] = [(one["kind"], Path(one["model"]), Path(one["image"]), float(one["weight"])) for one in files["controls"]]
-        told["lost"] |= len(told["controls"]) != len(settings.get("controls") or ())
-        for one in files["controls"]:
-            needed += [(f"--{one['kind']}", one["model"], None), (f"--{one['kind']}", one["image"], one["sha256"])]
-    return {name: value for name, value in told.items() if name not in given}, needed
-
-
-def _files(loras: Sequence[tuple[Path, float]], follow: Sequence[tuple[str, Path, Path, float]]) -> dict[str, list[dict[str, object]]]:
-    """What a picture needs to be drawn again, with digests."""
-    return {
-        "loras": [{"file": str(path), "scale": scale, "sha256": _digest(path)} for path, scale in loras],
-        "controls": [
-            {"kind": kind, "model": str(model), "image": str(image), "weight": weight, "sha256": _digest(image)}
-            for kind, model, image, weight in follow
-        ],
-    }
-
-
-def _digest(path: Path) -> str:
-    from loraclr.formats import digest
-
-    return digest(path)
 
 
 def _control(kind: str, model: Path, image: Path, weight: float) -> Control:

@@ -60,13 +60,12 @@ def evaluate(
     batch_size: int = 4,
     progress: Callable[[str, float], None] | None = None,
 ) -> Evaluation:
-    """Draw, judge, and tabulate: one row per variant, and two controls.
+    """Draw, judge, and tabulate: one row per variant, and two controls. `prompts` may be a mapping to groups, as `read_prompts` gives it.
 
     The control `base` has no adapter and the class noun in place of the call; `references` is how the judges rate each reference
     picture against the others of its concept, which is about the best that generated pictures can reach. `prompts` hold one {} or
-    <TOK> each for the concept's words; a mapping gives each its group. Pictures go to OUTPUT/pictures/LABEL/CONCEPT/, the result to
-    OUTPUT/evaluation.json. Without a face judge there is no identity. Raises UsageError with everything that is wrong with the arguments
-    before anything is drawn.
+    <TOK> each for the concept's words. Pictures go to OUTPUT/pictures/LABEL/CONCEPT/, the result to OUTPUT/evaluation.json. Without
+    a face judge there is no identity. Raises UsageError with everything that is wrong with the arguments before anything is drawn.
     """
     templates = [template(prompt) for prompt in prompts]
     wanted = {label: variant if isinstance(variant, Variant) else Variant(variant) for label, variant in variants.items()}
