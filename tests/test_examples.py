@@ -12,7 +12,6 @@ from PIL import Image
 EXAMPLES = sorted((Path(__file__).parents[1] / "examples").glob("*.py"))
 
 
-@pytest.mark.skipif(not EXAMPLES, reason="the examples are not part of a source distribution")
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
 def test_an_example_runs(path, monkeypatch, tmp_path, capsys):
     assert len(path.read_text().splitlines()) <= 20
