@@ -11,7 +11,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from loraclr import __version__
+from loraclr import __version__, disk
 from loraclr.adapter import noun_of
 from loraclr.conditioning import Box, Region
 from loraclr.control import Control, check_fit, controlled
@@ -36,9 +36,8 @@ class Generated:
     settings: Mapping[str, object]
 
     def save(self, path: str | Path) -> Path:
-        """Write a PNG whose text chunk `loraclr` holds the settings as JSON, and `parameters` the same for other tools to show.
-
-        Raises UsageError for another suffix.
+        """Write a PNG, whole or not at all, whose text chunk `loraclr` holds the settings as JSON, and `parameters` the same for other tools
+        to show. Raises UsageError for another suffix.
         """
         from PIL.PngImagePlugin import PngInfo
 
@@ -48,8 +47,9 @@ class Generated:
         text = PngInfo()
         text.add_text("loraclr", json.dumps(dict(self.settings)))
         text.add_itxt("parameters", parameters(self.settings))
-        target.parent.mkdir(parents=True, exist_ok=True)
-        self.image.save(target, format="PNG", pnginfo=text)
+        disk.make_folder(target.parent)
+        with disk.whole(target) as part:
+            self.image.save(part, format="PNG", pnginfo=text)
         return target
 
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from loraclr import disk
 from loraclr.cli import again, parse, show
 from loraclr.errors import UsageError
 
@@ -118,7 +119,7 @@ def generate(
             batch_size=batch,
             callback=lambda done, total: tell("drawing", done / total),
         )
-        output.mkdir(parents=True, exist_ok=True)
+        disk.make_folder(output)
         made = []
         for path, picture in zip(paths, pictures, strict=True):
             whole = replace(picture, settings={**picture.settings, "files": files})
@@ -144,12 +145,8 @@ def _control(kind: str, model: Path, image: Path, weight: float) -> Control:
 
 
 def _write(picture: Generated, path: Path) -> Path:
-    """Whole or not at all, also when interrupted."""
-    part = path.with_name(f".{path.stem}.part.png")
-    try:
-        return picture.save(part).replace(path)
-    finally:
-        part.unlink(missing_ok=True)
+    with disk.reserved(path):
+        return picture.save(path)
 
 
 def _paths(folder: Path, prompts: list[str], seeds: list[int]) -> list[Path]:
