@@ -36,8 +36,8 @@ class Generated:
     settings: Mapping[str, object]
 
     def save(self, path: str | Path) -> Path:
-        """Write a PNG, whole or not at all, whose text chunk `loraclr` holds the settings as JSON, and `parameters` the same for other tools
-        to show. Raises UsageError for another suffix.
+        """Write a PNG, whole or not at all, whose text chunk `loraclr` holds the settings as JSON, and `parameters` the same for other
+        tools to show. Raises UsageError for another suffix.
         """
         from PIL.PngImagePlugin import PngInfo
 
