@@ -15,6 +15,7 @@ import pytest
 import torch
 from concepts import KEYS, TEXT, concept, three
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 import loraclr
 from loraclr.cli import convert as convert_command
@@ -28,6 +29,7 @@ from loraclr.formats.files import SUFFIXES, safetensors_bytes
 from loraclr.fuse import Layout
 from loraclr.methods import METHODS, describe, make_method, parameters
 from loraclr.pipeline import Pipeline
+from loraclr.strategies import STRATEGIES
 from loraclr.toybox import SPLITS
 from loraclr.toybox import demo as toybox_demo
 
@@ -91,7 +93,11 @@ def test_help_names_every_command_and_every_option(call):
     for command, function in commands.items():
         code, out, _ = call(command, "--help")
         assert code == 0
-        names = [name.rstrip("_").replace("_", "-") for name in inspect.signature(function).parameters if name not in ("file", "files")]
+        names = [
+            name.rstrip("_").replace("_", "-")
+            for name in inspect.signature(function).parameters
+            if name not in ("file", "files", "context")
+        ]
         assert all(f"--{name}" in out for name in names)
 
 
@@ -128,6 +134,7 @@ def test_choices_are_those_of_the_library():
     assert get_args(get_type_hints(merge_command.merge)["format"]) == tuple(id for id in WRITTEN if id != "embedding")
     assert get_args(get_type_hints(convert_command.convert)["to"]) == tuple(parse.ENDINGS) == (*WRITTEN, *get_args(Layout))
     assert all(parse.ENDINGS[one.id] == SUFFIXES[one.storage] for one in FORMATS if one.id in WRITTEN)
+    assert get_args(get_args(get_type_hints(generate_command.generate)["strategy"])[0]) == tuple(STRATEGIES)
     assert get_args(get_type_hints(toybox_command.export)["split"]) == SPLITS
 
 
@@ -530,6 +537,61 @@ def test_generate_regions_and_json(call, base, tmp_path):
     assert call("generate", *words, "--force")[0] == 0
 
 
+@pytest.fixture
+def drawn(call, base, files, tmp_path) -> Path:
+    """One picture with an adapter, a region, a T2I-Adapter and settings that are nobody's defaults."""
+    from diffusers import T2IAdapter
+
+    T2IAdapter(in_channels=3, channels=(32, 64, 64), num_res_blocks=1, downscale_factor=2).save_pretrained(tmp_path / "pose")
+    Image.new("RGB", (8, 8), "red").save(tmp_path / "red.png")
+    words = ["--prompt", "a <ben>", "--lora", f"{files[1]}:0.5", "--negative", "bad", "--region", "a man|blurry|0,0,1,0.5", "--seed", 7]
+    words += ["--steps", 2, "--guidance", 3, "--size", "16x32", "--adapter", f"{tmp_path / 'pose'}|{tmp_path / 'red.png'}|0.5"]
+    assert call("generate", "--base", base, *words, "--output", tmp_path / "first")[0] == 0
+    (path,) = (tmp_path / "first").iterdir()
+    return path
+
+
+def test_a_picture_is_drawn_again_from_itself(call, drawn, tmp_path):
+    assert call("generate", "--from", drawn, "--output", tmp_path / "again")[0] == 0
+    with Image.open(drawn) as one, Image.open(tmp_path / "again" / drawn.name) as other:
+        assert one.tobytes() == other.tobytes() and one.text == other.text
+    assert call("generate", "--from", drawn, "--output", tmp_path / "changed", "--seed", 8, "--steps", 1)[0] == 0
+    (changed,) = (tmp_path / "changed").iterdir()
+    with Image.open(changed) as picture:
+        settings = json.loads(picture.text["loraclr"])
+    assert (settings["seed"], settings["steps"], settings["guidance"], settings["prompt"]) == (8, 1, 3.0, "a <ben>")
+
+
+def test_a_picture_whose_files_are_gone_or_others_is_not_drawn_again(call, drawn, files, tmp_path):
+    words = ("generate", "--from", drawn, "--output", tmp_path / "again")
+    Image.new("RGB", (8, 8), "blue").save(tmp_path / "red.png")
+    files[1].unlink()
+    said = error(call(*words))
+    assert "ben.safetensors is not there any more; give --lora" in said
+    assert "red.png is not the file that" in said and "give --adapter" in said
+    assert "holds no settings" in error(call("generate", "--from", tmp_path / "red.png", "--output", tmp_path / "again"))
+    info = PngInfo()
+    info.add_text("loraclr", json.dumps({**dict.fromkeys(("prompt", "seed", "steps", "guidance", "negative", "base"), 1), "size": 3}))
+    Image.new("RGB", (8, 8)).save(tmp_path / "odd.png", pnginfo=info)
+    assert "not of the form" in error(call("generate", "--from", tmp_path / "odd.png", "--output", tmp_path / "again"))
+    assert "--base and --prompt, or --from" in error(call("generate", "--output", tmp_path / "again"))
+
+
+def test_generate_with_a_strategy(call, base, files, tmp_path):
+    words = ["generate", "--base", base, "--prompt", "an ada woman and a <ben>", "--lora", files[0], "--lora", files[1], "--steps", 1]
+    said = error(call(*words, "--strategy", "omg", "--output", tmp_path / "out"))
+    assert "what kind of thing is ben" in said and "--class ben=WORDS" in said
+    code, out, _ = call(*words, "--strategy", "omg", "--class", "ben=man", "--output", tmp_path / "out", "--json")
+    (record,) = json.loads(out)
+    assert code == 0 and record["strategy"] == {"name": "omg", "start": 0.3, "threshold": 0.3}
+    assert [adapter["noun"] for adapter in record["adapters"]] == ["woman", "man"]
+    assert call("generate", "--from", record["file"], "--output", tmp_path / "again")[0] == 0
+    with Image.open(record["file"]) as one, Image.open(tmp_path / "again" / Path(record["file"]).name) as other:
+        assert one.tobytes() == other.tobytes()
+    assert "--class is for --strategy" in error(call(*words, "--class", "ben=man", "--output", tmp_path / "new"))
+    assert call(*words, "--strategy", "none", "--output", tmp_path / "new")[0] == 2
+
+
 def test_generate_refuses(call, base, files, tmp_path):
     words = ["generate", "--base", base, "--prompt", "a dog", "--output", tmp_path / "out"]
     assert "HEIGHTxWIDTH" in error(call(*words, "--size", "big"))
@@ -538,6 +600,9 @@ def test_generate_refuses(call, base, files, tmp_path):
     assert "no such file" in error(call(*words, "--lora", tmp_path / "none.safetensors"))
     assert "not a number" in error(call(*words, "--lora", f"{files[0]}:strong"))
     assert "four" in error(call(*words, "--region", "a man|0,0,1"))
+    assert "MODEL|IMAGE" in error(call(*words, "--control", "model"))
+    assert "there is no picture" in error(call(*words, "--control", f"model|{tmp_path / 'none.png'}"))
+    assert "not a picture that can be read" in error(call(*words, "--adapter", f"model|{files[0]}"))
     assert "no folder" in error(call("generate", "--base", tmp_path / "none", "--prompt", "a", "--output", tmp_path / "out"))
     assert not (tmp_path / "out").exists()
 

@@ -36,7 +36,7 @@ def world(_tiny_original, tmp_path_factory) -> Path:
         (root / folder).mkdir(parents=True)
         for size in (16, 20):
             Image.new("RGB", (size, 24), colour).save(root / folder / f"{size}.png")
-    (root / "prompts.txt").write_text("# two\na photo of a <TOK>\n{} at night\n")
+    (root / "prompts.txt").write_text("# two\n[looks]\na photo of a <TOK>\n[place]\n{} at night\n")
     return root
 
 
@@ -80,6 +80,10 @@ def test_singles_and_their_merge_side_by_side(call, world, tmp_path):
     less = report["differences"][2]["estimates"]["image"]
     assert f"{less['mean']:+.3f} [{less['low']:+.3f}, {less['high']:+.3f}]" in out
     assert all(word in out for word in ("2 concept(s), 8 pictures a row", "references", "minus single", "evaluation.json"))
+    groups = report["rows"][3]["by_group"]
+    assert groups.keys() == {"looks", "place"}
+    assert groups["place"]["image"] == pytest.approx(sum(one["image"] for one in pictures if "night" in one["prompt"]) / 4)
+    assert "means by group looks place" in out and f"merged {groups['looks']['image']:.3f} {groups['place']['image']:.3f}" in out
     assert "identity" not in out  # no face judge was given
 
 

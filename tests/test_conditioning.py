@@ -179,6 +179,43 @@ def test_processors_come_back_themselves(pipeline):
     assert all(attention.processor is processor for attention, processor in zip(attentions, kept, strict=True))
 
 
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"use_linear_projection": True, "attention_head_dim": (2, 4)},
+        {"down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"), "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D")}
+        | {"transformer_layers_per_block": (1, 2)},
+        {"upcast_attention": True, "mid_block_type": None},
+        {"encoder_hid_dim": 24, "encoder_hid_dim_type": "text_proj"},
+    ],
+    ids=["sd2", "sdxl", "no middle", "projected"],
+)
+def test_a_whole_region_is_its_prompt_in_every_unet(config):
+    """Also where the UNet projects the text itself: regions are then given in the projection's width."""
+    from diffusers import UNet2DConditionModel
+
+    base = {"sample_size": 8, "block_out_channels": (16, 32), "layers_per_block": 1, "cross_attention_dim": 16, "norm_num_groups": 4}
+    blocks = {"down_block_types": ("CrossAttnDownBlock2D",) * 2, "up_block_types": ("CrossAttnUpBlock2D",) * 2, "attention_head_dim": 4}
+    unet = UNet2DConditionModel(**(base | blocks | config)).eval()
+    layers = [module for name, module in unet.named_modules() if name.endswith("attn2")]
+    noise, context, region = torch.randn(2, 4, 8, 8), *(torch.randn(2, 5, config.get("encoder_hid_dim", 16)) for _ in range(2))
+    states = unet.encoder_hid_proj(region) if unet.encoder_hid_proj is not None else region
+    with torch.inference_mode():
+        expected = unet(noise, 500, encoder_hidden_states=region).sample
+        with conditioned(layers, latent=(8, 8), regions=[RegionStates(states, WHOLE)]):
+            seen = unet(noise, 500, encoder_hidden_states=context).sample
+    torch.testing.assert_close(seen, expected, rtol=0, atol=1e-5)
+    assert len(layers) >= 2
+
+
+def test_regions_without_cross_attention_are_refused():
+    with (
+        pytest.raises(PipelineError, match="no cross-attention modules"),
+        conditioned([], latent=(8, 8), regions=[RegionStates(None, WHOLE)]),
+    ):
+        pass
+
+
 def test_a_missing_prompt_is_said(attention):
     with pytest.raises(PipelineError, match="without a prompt"):
         run(attention, torch.randn(1, 16, 64), None)

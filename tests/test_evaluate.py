@@ -313,7 +313,9 @@ def test_calls_come_from_the_receipt_or_from_an_adapter_alone(pipeline):
 def test_prompts_from_a_file(tmp_path):
     path = tmp_path / "prompts.txt"
     path.write_text("# for people\na <TOK> ☀\n\n  a {}, smiling\na {} ☀\n", encoding="utf-8")
-    assert read_prompts(path) == ["a {} ☀", "a {}, smiling"]
+    assert read_prompts(path) == {"a {} ☀": "", "a {}, smiling": ""}
+    path.write_text("a {}\n[mood]\na <TOK>, smiling\n[place]\n# here\na {} at home\na {}\n")
+    assert read_prompts(path) == {"a {}": "", "a {}, smiling": "mood", "a {} at home": "place"}
     path.write_text("# nothing\n")
     with pytest.raises(UsageError, match="holds no prompt"):
         read_prompts(path)

@@ -13,6 +13,7 @@ from loraclr.errors import UsageError
 from loraclr.evaluate import (
     Limit,
     acceptance,
+    attribute_closeness,
     centres,
     clip_score,
     closest,
@@ -21,6 +22,7 @@ from loraclr.evaluate import (
     image_alignment,
     leakage,
     nearest,
+    presence,
     text_cosine,
 )
 
@@ -148,3 +150,61 @@ def test_one_concept_cannot_leak_and_one_not_asked_has_no_row():
 def test_mistakes_are_said(wrong, message):
     with pytest.raises(UsageError, match=message):
         wrong()
+
+
+# --- scenes
+
+
+def test_presence_where_everybody_has_a_place():
+    """Places in rows, people in columns; a pass is 0.9 or more. The second picture has them exchanged, the third nobody at place 1."""
+    right, exchanged = rows((0.95, 0.1), (0.2, 0.91)), rows((0.1, 0.95), (0.91, 0.2))
+    half = rows((0.95, 0.1), (math.nan, math.nan))
+    found = presence([right, exchanged, half], COSINE, placed=True)
+    assert found.share.tolist() == [1.0, 0.0, 0.5] and found.everyone.tolist() == [1.0, 0.0, 0.0]
+    free = presence([right, exchanged, half], COSINE, placed=False)
+    assert free.share.tolist() == [1.0, 1.0, 0.5] and free.everyone.tolist() == [1.0, 1.0, 0.0]
+    assert free.assigned[:2].tolist() == [[0, 1], [1, 0]]
+
+
+def test_one_face_is_not_two_people_and_the_most_passes_win():
+    """Both pass for the only face. Of two faces, the first is the best for both people, and giving it to person 1 lets both pass."""
+    assert presence([rows((0.95, 0.99))], COSINE, placed=False).share.tolist() == [0.5]
+    assert presence([rows((0.95, 0.99))], COSINE, placed=False).assigned.tolist() == [[-1, 0]]
+    both = presence([rows((0.99, 0.92), (0.91, 0.1))], COSINE, placed=False)
+    assert both.assigned.tolist() == [[1, 0]] and both.everyone.tolist() == [1.0]
+
+
+def test_presence_without_any_face_and_with_more_faces_than_people():
+    assert presence([torch.zeros(0, 2)], COSINE, placed=False).share.tolist() == [0.0]
+    many = presence([rows((0.1, 0.2), (0.2, 0.95), (0.96, 0.3))], COSINE, placed=False)
+    assert many.assigned.tolist() == [[2, 1]] and many.everyone.tolist() == [1.0]
+
+
+def test_presence_by_distance():
+    near = Limit(0.5, "l2")
+    closeness = near.closeness(rows((0.0, 0.0), (3.0, 0.0)), rows((3.0, 0.1), (0.0, 9.0)))
+    found = presence([closeness], near, placed=False)
+    assert found.share.tolist() == [0.5] and found.assigned[0, 0] == 1
+
+
+@given(st.integers(1, 5), st.integers(0, 5), st.integers(0, 10_000))
+def test_the_order_of_places_does_not_matter_and_free_is_at_least_placed(people, places, seed):
+    table = torch.rand(places, people, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    loose = Limit(0.5, "cosine")
+    free = presence([table], loose, placed=False)
+    assert float(presence([table.flip(0)], loose, placed=False).share) == float(free.share)
+    if places == people:
+        assert float(presence([table], loose, placed=True).share) <= float(free.share)
+    kept = [place for place in free.assigned[0].tolist() if place >= 0]
+    assert len(set(kept)) == len(kept) == min(places, people)
+
+
+def test_placed_people_need_a_place_each():
+    with pytest.raises(UsageError, match="1 places and 2 people"):
+        presence([rows((1, 1))], COSINE, placed=True)
+
+
+def test_attribute_closeness_by_hand():
+    read = {"hair": rows((0.9, 0.1), (0.4, 0.6)), "skin": rows((0.1, 0.8, 0.1), (0.2, 0.3, 0.5))}
+    people = [{"hair": 0, "skin": 1}, {"hair": 1, "skin": 1}]
+    assert attribute_closeness(read, people).tolist() == [[1.0, 0.5], [0.0, 0.5]]

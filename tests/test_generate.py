@@ -10,11 +10,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from loraclr.adapter import Adapter
+from loraclr.control import Control
 from loraclr.errors import UsageError
 from loraclr.generate import Region, generate, parse_region
 from loraclr.pipeline import GUIDANCE, Pipeline
+from loraclr.settings import parameters, read_settings, warn_of_versions
 
 
 @pytest.fixture
@@ -54,6 +57,69 @@ def test_a_saved_picture_explains_itself_and_can_be_made_again(pipeline, tmp_pat
     assert saved["adapters"] == [{"name": "rhea", "scale": 0.5}] and saved["tokens"] == ["<Rhea1>"]
     assert saved["prompt"] == "ein Mädchen ☀" and saved["size"] == [16, 24] and saved["dtype"] == "float32"
     assert saved["versions"].keys() == {"loraclr", "torch", "diffusers", "transformers"}
+
+
+def test_regions_do_not_depend_on_the_batch_either(pipeline):
+    regions = [Region("a dog", (0.0, 0.0, 1.0, 0.5)), Region("a cat", (0.0, 0.25, 0.5, 1.0), "bad")]
+    runs = [list(generate(pipeline, ["a man"], seeds=[1, 2, 3], steps=3, regions=regions, batch_size=size)) for size in (1, 3)]
+    for one, other in zip(*runs, strict=True):
+        assert np.abs(np.asarray(one.image).astype(int) - np.asarray(other.image)).max() <= 1
+
+
+def test_other_tools_see_the_settings_as_they_write_them(pipeline, tmp_path):
+    with pipeline.applied(Adapter({}, name="rhea"), scale=0.5):
+        (made,) = generate(pipeline, ["ein Mädchen"], seeds=[7], steps=2, negative="bad", size=(16, 24))
+    with Image.open(made.save(tmp_path / "picture.png")) as picture:
+        said = picture.text["parameters"]
+    assert said == parameters(made.settings)
+    prompt, negative, facts = said.split("\n")
+    assert prompt == "ein Mädchen <lora:rhea:0.5>" and negative == "Negative prompt: bad"
+    assert facts.startswith("Steps: 2, Sampler: DDIM, CFG scale: 4, Seed: 7, Size: 24x16, Model: ") and "Version: loraclr" in facts
+
+
+def test_parameters_tell_regions_and_strategies():
+    settings = {
+        "prompt": "two", "negative": "", "seed": 1, "steps": 2, "guidance": 7.5, "size": [64, 128], "base": "a/sd15", "adapters": [],
+        "scheduler": "Other", "regions": [{"prompt": "a, b", "negative": "", "box": [0, 0, 1, 0.5]}], "strategy": {"name": "omg"},
+        "versions": {"loraclr": "1"},
+    }  # fmt: skip
+    assert parameters(settings).split("\n") == [
+        "two",
+        "Steps: 2, Sampler: Other, CFG scale: 7.5, Seed: 1, Size: 128x64, Model: sd15, Strategy: omg, "
+        'Region 1: "a, b||0,0,1,0.5", Version: loraclr 1',
+    ]
+
+
+def test_settings_are_read_back_and_what_is_wrong_is_said(pipeline, tmp_path):
+    (made,) = generate(pipeline, ["a"], seeds=[0], steps=1)
+    path = made.save(tmp_path / "a.png")
+    assert read_settings(path) == json.loads(json.dumps(made.settings))
+    with pytest.raises(UsageError, match="no picture"):
+        read_settings(tmp_path / "none.png")
+    made.image.save(tmp_path / "bare.png")
+    with pytest.raises(UsageError, match="holds no settings"):
+        read_settings(tmp_path / "bare.png")
+    (tmp_path / "text.png").write_text("no")
+    with pytest.raises(UsageError, match="not a picture"):
+        read_settings(tmp_path / "text.png")
+    for text, message in (("{", "are damaged"), ("[1]", "lack prompt, seed"), ('{"prompt": "a"}', "lack seed, steps")):
+        info = PngInfo()
+        info.add_text("loraclr", text)
+        made.image.save(tmp_path / "other.png", pnginfo=info)
+        with pytest.raises(UsageError, match=message):
+            read_settings(tmp_path / "other.png")
+    with pytest.warns(UserWarning, match=r"a.png was drawn with torch 1.0 \(here"):
+        warn_of_versions({"versions": {"torch": "1.0", "loraclr": "0"}}, path)
+
+
+def test_a_control_is_followed_and_named(pipeline):
+    from diffusers import T2IAdapter
+
+    model = T2IAdapter(in_channels=3, channels=(32, 64, 64), num_res_blocks=1, downscale_factor=2).eval()
+    control = Control(model, Image.new("RGB", (8, 8), "red"), 50.0, boxes=(((0.0, 0.0, 1.0, 0.5), 1.0),), name="pose")
+    followed, plain = (next(generate(pipeline, ["a"], seeds=[0], steps=1, controls=controls)) for controls in ([control], []))
+    assert np.abs(np.asarray(followed.image).astype(int) - np.asarray(plain.image)).max() > 1
+    assert followed.settings["controls"] == [{"kind": "adapter", "name": "pose", "weight": 50.0, "boxes": [[[0.0, 0.0, 1.0, 0.5], 1.0]]}]
 
 
 def test_defaults_are_the_models_size_and_are_written_down(pipeline):

@@ -23,6 +23,7 @@ ORDER = (
     ("loading",),
     ("sampling",),
     ("pipeline",),
+    ("control", "settings", "strategies"),
     ("collect",),
     ("predictions", "preflight"),
     ("merge",),

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 
 import pytest
 import torch
 from PIL import Image
+from transformers import CLIPTokenizer
 
 from loraclr.errors import UsageError
 from loraclr.formats import describe, load_adapter
@@ -74,6 +76,7 @@ def test_export_writes_ordinary_files_and_refuses_a_full_folder(box, tmp_path):
     target = box.export(tmp_path / "toybox", "test")
     assert (target / "base" / "model_index.json").exists()
     assert len(list((target / "loras").iterdir())) == 12
+    assert (target / "prompts.txt").read_bytes() == box.prompts_path.read_bytes()
     assert all(len(list(folder.iterdir())) == 16 for folder in (target / "references").iterdir())
     with pytest.raises(UsageError, match="not an empty folder"):
         box.export(target)
@@ -84,6 +87,17 @@ def test_scoring_prompts_are_not_the_merge_s_own():
 
     used = {*FIT_TEMPLATES, *HELD_OUT_TEMPLATES, *PRESERVE_PROMPTS}
     assert not used & {template for template, _ in SCORE_TEMPLATES}
+
+
+def test_the_protocol_has_twenty_prompts_in_four_groups_of_words_that_the_base_knows(box):
+    from loraclr.collect import FIT_TEMPLATES, HELD_OUT_TEMPLATES
+    from loraclr.evaluate import read_prompts
+
+    prompts = read_prompts(box.prompts_path)
+    assert Counter(prompts.values()) == {"context": 5, "style": 5, "interaction": 5, "state": 5}
+    assert not set(prompts) & {*FIT_TEMPLATES, *HELD_OUT_TEMPLATES, *(template for template, _ in SCORE_TEMPLATES)}
+    tokenizer = CLIPTokenizer.from_pretrained(box.base_path / "tokenizer")
+    assert all(tokenizer.tokenize(word) == [f"{word}</w>"] for prompt in prompts for word in prompt.replace("{}", "").split())
 
 
 def test_agreement_counts_told_attributes_only():

@@ -7,6 +7,7 @@ channels x kh x kw); `rank` a LoRA's inner dimension; `rows` tokens or pixels of
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
@@ -189,3 +190,9 @@ class Adapter:
         if self.triggers:
             parts.append("triggers " + ", ".join(self.triggers))
         return f"Adapter({self.name!r}: {'; '.join(parts)})"
+
+
+def noun_of(call: str) -> str | None:
+    """The class noun in a plain call: `woman` of `rhea woman`. None where the call is one word, or learned tokens."""
+    words = call.split()
+    return words[-1] if len(words) > 1 and not re.fullmatch(r"<.*>", words[-1]) else None

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +20,8 @@ from torch import Tensor, nn
 from loraclr.errors import PipelineError, UsageError
 
 Box = tuple[float, float, float, float]
+# (latents, time, what the scheduler makes of latents as the UNet's input) -> latents
+Refine = Callable[[Tensor, Tensor, Callable[[Tensor], Tensor]], Tensor]
 
 _EDGE = 1e-6  # 0.7 * 10 is 7.000000000000001: without slack such a box would lose a row of cells
 
@@ -53,10 +55,14 @@ class RegionStates:
     box: Box
 
     def cells(self, height: int, width: int) -> Tensor:
-        """(n,) flat indices of the cells that lie wholly inside the box on a map of `height` x `width`; none if it is too coarse."""
-        y1, x1, y2, x2 = self.box
-        rows, columns = _within(y1, y2, height), _within(x1, x2, width)
-        return (rows[:, None] * width + columns).flatten()
+        return box_cells(self.box, height, width)
+
+
+def box_cells(box: Box, height: int, width: int) -> Tensor:
+    """(n,) flat indices of the cells that lie wholly inside the box on a map of `height` x `width`; none if it is too coarse."""
+    y1, x1, y2, x2 = box
+    rows, columns = _within(y1, y2, height), _within(x1, x2, width)
+    return (rows[:, None] * width + columns).flatten()
 
 
 def _within(first: float, last: float, cells: int) -> Tensor:
@@ -127,8 +133,11 @@ class ConditionedAttention:
 def conditioned(attentions: Sequence[Any], *, latent: tuple[int, int], regions: Sequence[RegionStates] = ()) -> Iterator[None]:
     """Let diffusers `Attention` modules (in layer order) take 4-D states and regions; their own processors come back on exit.
 
-    `latent` is the height and width of the latent that the UNet is given inside the context.
+    `latent` is the height and width of the latent that the UNet is given inside the context. Raises PipelineError for regions without
+    any such module.
     """
+    if regions and not attentions:
+        raise PipelineError("this UNet has no cross-attention modules called attn2, where regions act; use another base model")
     kept = [attention.processor for attention in attentions]
     try:
         for layer, attention in enumerate(attentions):

@@ -5,15 +5,20 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from loraclr import __version__, disk
+from loraclr.adapter import noun_of
 from loraclr.conditioning import Box, Region
+from loraclr.control import Control, check_fit, controlled
 from loraclr.errors import UsageError
 from loraclr.pipeline import GUIDANCE, STEPS, Pipeline
+from loraclr.settings import parameters
+from loraclr.strategies import Cast, Part, Scene, Strategy
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -31,7 +36,9 @@ class Generated:
     settings: Mapping[str, object]
 
     def save(self, path: str | Path) -> Path:
-        """Write a PNG, whole or not at all, whose text chunk `loraclr` holds the settings as JSON. Raises UsageError for another suffix."""
+        """Write a PNG, whole or not at all, whose text chunk `loraclr` holds the settings as JSON, and `parameters` the same for other
+        tools to show. Raises UsageError for another suffix.
+        """
         from PIL.PngImagePlugin import PngInfo
 
         target = Path(path)
@@ -39,6 +46,7 @@ class Generated:
             raise UsageError(f"{target.name!r} is not a PNG name, and only PNG keeps the settings; end it with .png")
         text = PngInfo()
         text.add_text("loraclr", json.dumps(dict(self.settings)))
+        text.add_itxt("parameters", parameters(self.settings))
         disk.make_folder(target.parent)
         with disk.whole(target) as part:
             self.image.save(part, format="PNG", pnginfo=text)
@@ -55,59 +63,94 @@ def generate(
     negative: str = "",
     size: tuple[int, int] | None = None,
     regions: Sequence[Region] = (),
+    controls: Sequence[Control] = (),
+    strategy: Strategy | None = None,
+    parts: Sequence[Part] = (),
     scheduler: str | None = None,
     batch_size: int = 4,
     callback: Callable[[int, int], None] | None = None,
 ) -> Iterator[Generated]:
     """Every prompt with every seed, prompt by prompt, as soon as each batch is done.
 
-    `size` is (height, width) in pixels; the other settings are those of `Pipeline.sample`. `callback(done, total)` counts
-    denoising steps over all batches. A picture does not depend on `batch_size` beyond rounding. Raises UsageError at the call, not
-    at the first picture.
+    `size` is (height, width) in pixels; the other settings are those of `Pipeline.sample`. `controls` are pictures that every picture
+    follows. With a `strategy` the adapters are its `parts` in place of applied ones, region k is part k's, and pictures are drawn
+    one at a time. `callback(done, total)` counts denoising steps over all batches. A picture does not depend on `batch_size` beyond
+    rounding. Raises UsageError or PipelineError at the call, not at the first picture.
     """
     if isinstance(prompts, str) or not prompts or not seeds:
         raise UsageError("generate needs a list of at least one prompt and at least one seed; put a single prompt in a list")
     if batch_size < 1:
         raise UsageError(f"batch_size {batch_size} is not a number of pictures; give 1 or more")
     size = pipeline.check_settings(seeds=seeds, steps=steps, guidance=guidance, size=size, scheduler=scheduler)
+    if controls:
+        check_fit(pipeline.unet, controls)
+    if strategy is not None:
+        _check_strategy(strategy, pipeline, prompts, parts, regions)
+    elif parts:
+        raise UsageError(f"{len(parts)} parts need a strategy; give one, or apply the adapters to the pipeline")
     jobs = [(prompt, seed) for prompt in prompts for seed in seeds]
     settings: dict[str, object] = {
         "base": pipeline.source,
-        "adapters": [{"name": name, "scale": scale} for name, scale in pipeline.adapters],
+        "adapters": [{"name": name, "scale": scale} for name, scale in pipeline.adapters]
+        or [{"name": part.name, "scale": part.scale, "noun": part.noun or noun_of(part.call)} for part in parts],
         "tokens": list(pipeline.tokens),
         "steps": steps,
         "guidance": guidance,
         "negative": negative,
         "size": list(size),
         "regions": [asdict(region) for region in regions],
+        "controls": [control.settings for control in controls],
+        "strategy": None if strategy is None else {"name": strategy.name, **asdict(strategy)},  # type: ignore[call-overload]
         "scheduler": scheduler or pipeline.scheduler_name,
         "dtype": str(pipeline.dtype).removeprefix("torch."),
         "versions": {"loraclr": __version__} | {package: version(package) for package in ("torch", "diffusers", "transformers")},
     }
+    # One at a time: masks from attention have edges, which the rounding of another batch could move.
+    batch_size = batch_size if strategy is None else 1
     batches = [jobs[start : start + batch_size] for start in range(0, len(jobs), batch_size)]
 
     def pictures() -> Iterator[Generated]:
+        cast = Cast(pipeline, parts) if strategy is not None else None
         for number, batch in enumerate(batches):
 
             def progress(step: int, total: int, before: int = number) -> None:
                 if callback is not None:
                     callback(before * total + step, len(batches) * total)
 
-            images = pipeline.sample(
-                [prompt for prompt, _ in batch],
-                seeds=[seed for _, seed in batch],
-                steps=steps,
-                guidance=guidance,
-                negative=negative,
-                size=size,
-                regions=regions,
-                scheduler=scheduler,
-                callback=progress,
-            )
+            with controlled(pipeline.unet, controls, size=size) if controls else nullcontext():
+                if strategy is not None and cast is not None:
+                    ((prompt, seed),) = batch
+                    scene = Scene(prompt, seed, size, steps, guidance, negative, tuple(regions), scheduler, progress)
+                    images = pipeline.decode(strategy.draw(cast, scene))
+                else:
+                    images = pipeline.sample(
+                        [prompt for prompt, _ in batch],
+                        seeds=[seed for _, seed in batch],
+                        steps=steps,
+                        guidance=guidance,
+                        negative=negative,
+                        size=size,
+                        regions=regions,
+                        scheduler=scheduler,
+                        callback=progress,
+                    )
             for (prompt, seed), image in zip(batch, images, strict=True):
                 yield Generated(image, prompt, seed, {"prompt": prompt, "seed": seed, **settings})
 
     return pictures()
+
+
+def _check_strategy(
+    strategy: Strategy, pipeline: Pipeline, prompts: Sequence[str], parts: Sequence[Part], regions: Sequence[Region]
+) -> None:
+    if not parts:
+        raise UsageError(f"strategy {strategy.name} needs at least one adapter; give one for each concept of the scene")
+    pipeline.check_plain(f"strategy {strategy.name}")
+    if pipeline.adapters:
+        names = ", ".join(name for name, _ in pipeline.adapters)
+        raise UsageError(f"strategy {strategy.name} takes its adapters as parts, and {names} is applied; leave that context first")
+    for prompt in prompts:
+        strategy.check(prompt, parts, regions)
 
 
 def parse_region(text: str, size: tuple[int, int]) -> Region:

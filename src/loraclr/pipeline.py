@@ -11,6 +11,7 @@ import inspect
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 
 from loraclr import families, modules, sampling
 from loraclr.adapter import Adapter, Layer
-from loraclr.conditioning import Region, RegionStates, Vocabulary, conditioned, text_states
+from loraclr.conditioning import Refine, Region, RegionStates, Vocabulary, conditioned, text_states
 from loraclr.errors import PipelineError, UsageError
 from loraclr.formats.names import guess_family
 from loraclr.loading import load_pipe, placed
@@ -254,13 +255,15 @@ class Pipeline:
         negative: Tensor | None = None,
         regions: Sequence[RegionStates] = (),
         scheduler: str | None = None,
+        refine: Refine | None = None,
         callback: Callable[[int, int], None] | None = None,
     ) -> Tensor:
         """Run the sampler on encoded prompts -> latents (B, channels, height / scale, width / scale), float32.
 
         `conditioning` is (B, T, dim) or (B, L, T, dim), one seed per picture. Guidance 1 is conditional only (one UNet pass, what
         feature collection wants); above 1 `negative`, of one picture or of B, is the unconditional half and regions have
-        two halves. `callback(step, total)` follows every step. Raises UsageError for settings that do not fit.
+        two halves. `refine` may change latents before a step, `callback(step, total)` follows it. Raises UsageError for settings that do
+        not fit.
         """
         self.check_plain("denoising of encoded prompts")
         height, width = self.check_settings(seeds=seeds, steps=steps, guidance=guidance, size=size, scheduler=scheduler)
@@ -290,6 +293,8 @@ class Pipeline:
         with torch.inference_mode(), conditioned(attentions if special else (), latent=latent, regions=regions):
             latents: Tensor = noise.to(self.device) * sampler.init_noise_sigma
             for number, time in enumerate(sampler.timesteps, start=1):
+                if refine is not None:
+                    latents = refine(latents, time, partial(sampler.scale_model_input, timestep=time))
                 noisy = sampler.scale_model_input(torch.cat([latents] * halves), time).to(self.dtype)
                 prediction = unet(noisy, time, encoder_hidden_states=states, return_dict=False)[0].float()
                 if halves == 2:

@@ -179,6 +179,8 @@ def _is_one(adapters: Adapter | Mapping[str, Adapter]) -> bool:
 def _show(found: Evaluation, output: Path) -> None:
     count = len(found.rows[1].concepts)
     show.out.print(_metrics(found, f"{len(found.settings['concepts'])} concept(s), {count} pictures a row"), "")
+    if found.settings["groups"]:
+        show.out.print(_groups(found), "")
     names = [concept["name"] for concept in found.settings["concepts"]]
     for row in found.rows:
         if row.confusion is not None:
@@ -213,6 +215,20 @@ def _metrics(found: Evaluation, title: str) -> Table:
                 less = [differences.get((label, to), {}).get(metric) for to in against]
                 cells = ["" if one is None or not one.count else f"{one.mean:+.3f} {_range(one, '+.3f')}" for one in less]
                 table.add_row(Text(f"  {label}"), f"{own.mean:.3f}", _range(own, ".3f"), *cells)
+    return table
+
+
+def _groups(found: Evaluation) -> Table:
+    """Means by the prompts' groups."""
+    means = {row.label: row.by_group(found.settings["groups"]) for row in found.rows[1:]}
+    groups = list(dict.fromkeys(group for rows in means.values() for group in rows))
+    table = show.table("", *groups, numbers=tuple(groups), title="means by group")
+    for metric in ("text", "image", "identity"):
+        lines = [(label, rows) for label, rows in means.items() if any(metric in values for values in rows.values())]
+        if lines:
+            table.add_row(Text(METRICS[metric], style="bold"))
+        for label, rows in lines:
+            table.add_row(Text(f"  {label}"), *(f"{rows[group][metric]:.3f}" for group in groups))
     return table
 
 

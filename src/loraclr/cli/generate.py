@@ -3,25 +3,29 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from loraclr import disk
-from loraclr.cli import parse, show
+from loraclr.cli import again, parse, show
 from loraclr.cli.base import SOURCE, BaseConfig, BaseDtype, Device, Offload, open_base
 from loraclr.errors import UsageError
 
 if TYPE_CHECKING:
+    from loraclr.control import Control
     from loraclr.generate import Generated
 
 
 def generate(
-    base: Annotated[str, typer.Option(help=SOURCE, show_default=False)],
-    prompt: Annotated[list[str], typer.Option(help="What to draw; repeatable.", show_default=False)],
+    context: typer.Context,
     output: Annotated[Path, typer.Option(metavar="DIR", help="Folder for the pictures; made if missing.", show_default=False)],
+    base: Annotated[str | None, typer.Option(help=SOURCE, show_default=False)] = None,
+    prompt: Annotated[list[str], typer.Option(help="What to draw; repeatable.", show_default=False)] = [],  # noqa: B006
     lora: Annotated[list[str], typer.Option(metavar="FILE[:SCALE]", help="Adapter to apply; repeatable.", show_default=False)] = [],  # noqa: B006
     negative: Annotated[str, typer.Option(help="What to stay away from.")] = "",
     region: Annotated[
@@ -32,10 +36,35 @@ def generate(
             show_default=False,
         ),
     ] = [],  # noqa: B006
+    control: Annotated[
+        list[str],
+        typer.Option(metavar="MODEL|IMAGE[|WEIGHT]", help="Follow a picture: a ControlNet's folder; repeatable.", show_default=False),
+    ] = [],  # noqa: B006
+    adapter: Annotated[
+        list[str],
+        typer.Option(metavar="MODEL|IMAGE[|WEIGHT]", help="The same with a T2I-Adapter's folder; repeatable.", show_default=False),
+    ] = [],  # noqa: B006
+    strategy: Annotated[
+        Literal["omg", "clora"] | None,
+        typer.Option(help="Keep several --lora apart at sampling time instead of adding them up; slow.", show_default=False),
+    ] = None,
+    class_: Annotated[
+        list[str],
+        typer.Option(
+            "--class",
+            metavar="[NAME=]WORDS",
+            help="For --strategy: what kind of thing an adapter's concept is, such as woman; repeatable.",
+            show_default="last word of the call",
+        ),
+    ] = [],  # noqa: B006
     seed: Annotated[list[int], typer.Option(help="Every prompt is drawn with every seed; repeatable.")] = [0],  # noqa: B006
     steps: Annotated[int, typer.Option(help="Denoising steps.")] = 20,
     guidance: Annotated[float, typer.Option(help="How strictly prompts are followed; 1 switches guidance off.")] = 4.0,
     size: Annotated[str | None, typer.Option(metavar="HxW", help="Height and width in pixels.", show_default="the model's own")] = None,
+    from_: Annotated[
+        Path | None,
+        typer.Option("--from", metavar="PNG", help="A picture drawn before: its settings, but for those given here.", show_default=False),
+    ] = None,
     batch: Annotated[int, typer.Option(help="Pictures drawn at once.")] = 4,
     device: Device = "auto",
     base_dtype: BaseDtype = "fp32",
@@ -45,23 +74,40 @@ def generate(
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Draw every prompt with every seed. Each PNG carries the settings that made it."""
-    asked = None if size is None else parse.size(size)
-    seeds = list(dict.fromkeys(seed))
-    loras = [parse.lora(text) for text in lora]
+    told: Mapping[str, Any] = {} if from_ is None else again.told_by(from_, again.given(context))
+    base, prompt = base or told.get("base"), prompt or told.get("prompt", [])
+    if base is None or not prompt:
+        raise UsageError("what to draw? give --base and --prompt, or --from with a picture drawn before")
+    asked = parse.size(size) if size is not None else told.get("size")
+    negative, seeds = told.get("negative", negative), list(dict.fromkeys(told.get("seed", seed)))
+    steps, guidance = told.get("steps", steps), told.get("guidance", guidance)
+    chosen = told.get("strategy", strategy)
+    loras = [parse.lora(text) for text in lora] or told.get("lora", [])
+    follow = [parse.control(kind, text) for kind, texts in (("control", control), ("adapter", adapter)) for text in texts]
+    follow = follow or told.get("controls", [])
     paths = _paths(output, prompt, seeds)
     if not force and (taken := [path.name for path in paths if path.exists()]):
         raise UsageError(f"{output} already has {', '.join(taken[:3])}; give another --output, or --force to replace")
+    if class_ and chosen is None:
+        raise UsageError("--class is for --strategy; give both or none")
+    if offload and chosen is not None:
+        raise UsageError(f"--strategy {chosen} keeps all adapters on the device; leave --offload out")
 
     from loraclr.formats import load_adapter
     from loraclr.generate import generate as run
     from loraclr.generate import parse_region
+    from loraclr.strategies import Part, make_strategy
 
     pipeline = open_base(base, device, base_dtype, offload=offload, config=base_config)
     adapters = [(load_adapter(path, base=pipeline), scale) for path, scale in loras]
     pixels = pipeline.check_settings(seeds=seeds, steps=steps, guidance=guidance, size=asked)
+    controls = [_control(*one) for one in follow]
+    nouns = {**told.get("nouns", {}), **parse.by_name(class_, [one.name for one, _ in adapters], "--class")}
+    files = again.files_of(loras, follow)
     with ExitStack() as stack:
-        for adapter, scale in adapters:
-            stack.enter_context(pipeline.applied(adapter, scale=scale))
+        if chosen is None:
+            for one, scale in adapters:
+                stack.enter_context(pipeline.applied(one, scale=scale))
         tell = stack.enter_context(show.progress(quiet=json))
         pictures = run(
             pipeline,
@@ -71,17 +117,37 @@ def generate(
             guidance=guidance,
             negative=negative,
             size=pixels,
-            regions=[parse_region(text, pixels) for text in region],
+            regions=[parse_region(text, pixels) for text in region] or told.get("regions", []),
+            controls=controls,
+            strategy=None if chosen is None else make_strategy(chosen) if isinstance(chosen, str) else chosen,
+            parts=[] if chosen is None else [Part(one, scale, nouns.get(one.name)) for one, scale in adapters],
+            scheduler=told.get("scheduler"),
             batch_size=batch,
             callback=lambda done, total: tell("drawing", done / total),
         )
         disk.make_folder(output)
-        made = [{"file": str(_write(picture, path)), **picture.settings} for path, picture in zip(paths, pictures, strict=True)]
+        made = []
+        for path, picture in zip(paths, pictures, strict=True):
+            whole = replace(picture, settings={**picture.settings, "files": files})
+            made.append({"file": str(_write(whole, path)), **whole.settings})
     if json:
         show.as_json(made)
     else:
-        for picture in made:
-            show.out.print(f"written: {picture['file']}", markup=False)
+        for written in made:
+            show.out.print(f"written: {written['file']}", markup=False)
+
+
+def _control(kind: str, model: Path, image: Path, weight: float) -> Control:
+    from PIL import Image, UnidentifiedImageError
+
+    from loraclr.control import Control, load_control
+
+    try:
+        with Image.open(image) as opened:
+            seen = opened.convert("RGB")
+    except (UnidentifiedImageError, OSError) as error:
+        raise UsageError(f"--{kind}: {image} is not a picture that can be read ({error})") from error
+    return Control(load_control(kind, model), seen, weight, name=model.name)
 
 
 def _write(picture: Generated, path: Path) -> Path:

@@ -144,6 +144,17 @@ def lora(text: str) -> tuple[Path, float]:
     return Path(name), number(scale, f"--lora {name}: the scale")
 
 
+def control(kind: str, text: str) -> tuple[str, Path, Path, float]:
+    """`MODEL|IMAGE` or `MODEL|IMAGE|WEIGHT` of a `--control` or `--adapter`."""
+    fields = [field.strip() for field in text.split("|")]
+    if len(fields) not in (2, 3) or not all(fields):
+        raise UsageError(f"--{kind} {text!r} is not of the form MODEL|IMAGE or MODEL|IMAGE|WEIGHT")
+    model, image = Path(fields[0]), Path(fields[1])
+    if not image.is_file():
+        raise UsageError(f"--{kind}: there is no picture {image}")
+    return kind, model, image, number(fields[2], f"--{kind} {image}: the weight") if len(fields) == 3 else 1.0
+
+
 def check_output(output: Path, format: str, beside: Sequence[Path], *, force: bool) -> None:
     """Everything that would make the writing fail, said before any work. `beside` are files that are written with it."""
     endings = ENDINGS[format]

@@ -11,7 +11,9 @@ from loraclr.evaluate.judging import FaceJudge, PictureJudge
 from loraclr.evaluate.metrics import (
     Identity,
     Limit,
+    Presence,
     acceptance,
+    attribute_closeness,
     centres,
     clip_score,
     closest,
@@ -20,6 +22,7 @@ from loraclr.evaluate.metrics import (
     image_alignment,
     leakage,
     nearest,
+    presence,
     text_cosine,
 )
 from loraclr.evaluate.subjects import Subject, call_of, noun_of, read_prompts, read_references
@@ -32,10 +35,12 @@ __all__ = [
     "Identity",
     "Limit",
     "PictureJudge",
+    "Presence",
     "Row",
     "Subject",
     "Variant",
     "acceptance",
+    "attribute_closeness",
     "call_of",
     "centres",
     "clip_score",
@@ -50,6 +55,7 @@ __all__ = [
     "nearest",
     "noun_of",
     "paired",
+    "presence",
     "read_prompts",
     "read_references",
     "text_cosine",

@@ -45,6 +45,15 @@ class Row:
             out[name] = {metric: float(values[at].nanmean()) for metric, values in self.values.items()}
         return out
 
+    def by_group(self, groups: Mapping[str, str]) -> dict[str, dict[str, float]]:
+        """Group -> metric -> mean, given the group of every prompt; empty without groups."""
+        out: dict[str, dict[str, float]] = {}
+        for name in dict.fromkeys(groups.values()):
+            at = [index for index, prompt in enumerate(self.prompts) if groups.get(prompt) == name]
+            if at:
+                out[name] = {metric: float(values[at].nanmean()) for metric, values in self.values.items()}
+        return out
+
 
 @dataclass(frozen=True, eq=False)
 class Evaluation:
@@ -87,6 +96,7 @@ class Evaluation:
                     "label": row.label,
                     "estimates": {metric: asdict(value) for metric, value in row.estimates().items()},
                     "by_concept": row.by_concept(),
+                    "by_group": row.by_group(self.settings.get("groups", {})),
                     "confusion": row.confusion,
                     "curve": row.curve,
                     "pictures": [

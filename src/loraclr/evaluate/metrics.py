@@ -6,7 +6,8 @@ picture, whose mean is the metric and whose spread `intervals` reads. No face is
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -145,3 +146,60 @@ def _stacked(references: Sequence[Tensor]) -> Tensor:
 def _same_width(one: Tensor, other: Tensor) -> None:
     if one.ndim != 2 or other.ndim != 2 or one.shape[1] != other.shape[1]:
         raise UsageError(f"features of shapes {tuple(one.shape)} and {tuple(other.shape)}; give rows of the same judge's embeddings")
+
+
+@dataclass(frozen=True, eq=False)
+class Presence:
+    """Per picture, (n,): how many of the people asked for are there."""
+
+    share: Tensor  # of them that pass where they should be; its mean is the presence rate
+    everyone: Tensor  # 1 where all of them do; its mean is the all-present rate
+    assigned: Tensor  # (n, people) which place each of them was given, -1 for none
+
+
+def presence(closeness: Sequence[Tensor], limit: Limit, *, placed: bool) -> Presence:
+    """Of scenes: per picture (places, people) closeness of what is seen at each place to each person asked for, NaN where nothing is.
+
+    With `placed` person k belongs to place k and is looked for nowhere else. Otherwise places (faces found, boxes in any order) are
+    given to people one to one so that as many as possible pass and, among such assignments, these are the closest: the Hungarian method
+    (Kuhn 1955). One face never counts for two people. Raises UsageError for regions that are not one for each person.
+    """
+    shares, everyone, assigned = [], [], []
+    for table in closeness:
+        places, people = table.shape
+        if placed and places != people:
+            raise UsageError(f"{places} places and {people} people; with placed people give the one place of each")
+        given = torch.arange(people) if placed else _matched(table, limit)
+        seen = torch.tensor([float(table[place, person]) if place >= 0 else math.nan for person, place in enumerate(given.tolist())])
+        passes = limit.accepts(seen.double()).double()
+        shares.append(passes.mean())
+        everyone.append(passes.prod())
+        assigned.append(given)
+    return Presence(torch.stack(shares).double(), torch.stack(everyone).double(), torch.stack(assigned))
+
+
+def _matched(table: Tensor, limit: Limit) -> Tensor:
+    """(people,) the place of each, -1 for none."""
+    from scipy.optimize import linear_sum_assignment
+
+    passes = limit.accepts(table.double()).double()
+    known = table.double().nan_to_num(nan=-torch.inf)
+    finite = known[known.isfinite()]
+    low, spread = (float(finite.min()), float(finite.max() - finite.min()) + 1) if len(finite) else (0.0, 1.0)
+    # A pass outweighs all closeness together; what is not there is worse than the farthest.
+    gain = passes * (1 + min(table.shape)) + ((known - low) / spread).clamp(min=-1)
+    places, people = linear_sum_assignment(gain.numpy(), maximize=True)
+    given = torch.full((table.shape[1],), -1)
+    given[torch.as_tensor(people)] = torch.as_tensor(places)
+    return given
+
+
+def attribute_closeness(read: Mapping[str, Tensor], people: Sequence[Mapping[str, int]]) -> Tensor:
+    """(n, people): the share of each person's attributes that a picture's most probable values agree with.
+
+    `read` is, per attribute, (n, values) probabilities of a judge; `people` give each attribute's index of its true value.
+    Compared by a `Limit` of kind cosine: at value 1 all attributes must agree.
+    """
+    first = {name: values.argmax(-1) for name, values in read.items()}
+    rows = [torch.stack([(first[name] == value).double() for name, value in person.items()]).mean(0) for person in people]
+    return torch.stack(rows, 1)

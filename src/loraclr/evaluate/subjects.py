@@ -9,11 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from loraclr.adapter import Adapter
+from loraclr.adapter import Adapter, noun_of
 from loraclr.errors import UsageError
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+
+__all__ = ["Subject", "call_of", "fill", "noun_of", "read_prompts", "read_references", "template"]
 
 PLACES = ("{}", "<TOK>")
 ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
@@ -42,16 +44,23 @@ def fill(template: str, words: str) -> str:
     return re.sub(r"\s+([,.]|$)", r"\1", " ".join(template.replace("{}", words).split()))
 
 
-def read_prompts(path: str | Path) -> list[str]:
-    """One prompt a line; empty lines and lines that start with # are passed over."""
+def read_prompts(path: str | Path) -> dict[str, str]:
+    """Prompt -> its group, "" outside of any. One prompt a line; `[context]` alone on a line begins a group of that name; empty lines
+    and lines that start with # are passed over."""
     try:
         lines = Path(path).read_text(encoding="utf-8").splitlines()
     except UnicodeDecodeError as error:
         raise UsageError(f"{path} is no UTF-8 text ({error.reason}); give a text file with one prompt a line") from error
-    prompts = [line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#")]
+    prompts: dict[str, str] = {}
+    group = ""
+    for line in (line.strip() for line in lines):
+        if head := re.fullmatch(r"\[([^\[\]{}<>]+)\]", line):
+            group = head[1].strip()
+        elif line and not line.startswith("#"):
+            prompts.setdefault(template(line), group)
     if not prompts:
         raise UsageError(f"{path} holds no prompt; write one a line, with {{}} where the concept's words go")
-    return list(dict.fromkeys(template(prompt) for prompt in prompts))
+    return prompts
 
 
 def read_references(folder: str | Path) -> dict[str, list[Image]]:
@@ -76,12 +85,6 @@ def call_of(adapter: Adapter, name: str, *, alone: bool) -> str | None:
     except (KeyError, ValueError, TypeError):
         return (adapter.call or None) if alone else None
     return stated.get(name) or None
-
-
-def noun_of(call: str) -> str | None:
-    """The class noun in a plain call: `woman` of `rhea woman`. None where the call is one word, or learned tokens."""
-    words = call.split()
-    return words[-1] if len(words) > 1 and not re.fullmatch(r"<.*>", words[-1]) else None
 
 
 def _pictures(folder: Path) -> list[Path]:

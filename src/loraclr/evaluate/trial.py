@@ -48,7 +48,7 @@ def evaluate(
     variants: Mapping[str, Variant | Adapter],
     subjects: Sequence[Subject],
     *,
-    prompts: Sequence[str],
+    prompts: Sequence[str] | Mapping[str, str],
     judge: PictureJudge,
     output: str | Path,
     face: FaceJudge | None = None,
@@ -60,7 +60,7 @@ def evaluate(
     batch_size: int = 4,
     progress: Callable[[str, float], None] | None = None,
 ) -> Evaluation:
-    """Draw, judge, and tabulate: one row per variant, and two controls.
+    """Draw, judge, and tabulate: one row per variant, and two controls. `prompts` may be a mapping to groups, as `read_prompts` gives it.
 
     The control `base` has no adapter and the class noun in place of the call; `references` is how the judges rate each reference
     picture against the others of its concept, which is about the best that generated pictures can reach. `prompts` hold one {} or
@@ -122,6 +122,7 @@ def evaluate(
             **settings,
             "base": pipeline.source,
             "prompts": templates,
+            "groups": {template(text): group for text, group in prompts.items() if group} if isinstance(prompts, Mapping) else {},
             "seeds": list(seeds),
             "judge": judge.name,
             "face_judge": None if face is None else face.name,

@@ -16,6 +16,7 @@ from loraclr.adapter import Adapter
 from loraclr.errors import FormatError
 from loraclr.formats import comfy, diffusers, edlora, embedding, files, full, header, kohya, names, notes, peft, sidecar
 from loraclr.formats.base import FLOATS, AdapterFormat, BaseWeights, Content, PrecisionWarning, unplaced
+from loraclr.formats.files import digest
 from loraclr.formats.provenance import LICENSE
 from loraclr.formats.report import FileReport, report
 
@@ -29,6 +30,7 @@ __all__ = [
     "PrecisionWarning",
     "describe",
     "detect_format",
+    "digest",
     "examine",
     "load_adapter",
     "save_adapter",

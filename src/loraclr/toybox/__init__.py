@@ -79,13 +79,18 @@ class Toybox:
         """One adapter file per identity of the split."""
         return {name: next((self.data / "loras" / split).glob(f"{name}.*")) for name in self.names(split)}
 
+    @property
+    def prompts_path(self) -> Path:
+        """The twenty prompts of the evaluation protocol, in four groups, as `loraclr evaluate --prompts` reads them."""
+        return self.data / "prompts.txt"
+
     def references(self, name: str) -> list[Image.Image]:
         """The 16 pictures (64x64) that the identity's adapter was trained on."""
         strip = Image.open(self.data / "references" / f"{name}.png").convert("RGB")
         return [strip.crop((x, 0, x + SIDE, SIDE)) for x in range(0, strip.width, SIDE)]
 
     def export(self, folder: Path, split: str = "development") -> Path:
-        """Write `base/`, `loras/` and `references/NAME/` into a new or empty folder, all of them or nothing."""
+        """Write `base/`, `loras/`, `references/NAME/` and `prompts.txt` into a new or empty folder, all of them or nothing."""
         paths = self.adapter_paths(split)
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise UsageError(f"{folder} exists and is not an empty folder; give another one")
@@ -95,6 +100,7 @@ class Toybox:
                 target = part / "base" / file.relative_to(self.base_path)
                 target.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copy(file, target)
+            shutil.copy(self.prompts_path, part)
             (part / "loras").mkdir()
             for name, path in paths.items():
                 shutil.copy(path, part / "loras" / path.name)

@@ -1,0 +1,105 @@
+"""What a strategy is asked for: one picture, and how a strategy answers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Protocol
+
+import torch
+from torch import Tensor
+
+from loraclr.conditioning import Region, box_cells
+from loraclr.errors import UsageError
+from loraclr.pipeline import GUIDANCE, STEPS
+from loraclr.strategies.cast import Cast
+from loraclr.strategies.words import Part, Words
+
+
+@dataclass(frozen=True)
+class Scene:
+    """One picture. Without regions the prompt says who is where to be seen; with them, region k is part k's: its prompt and its place."""
+
+    prompt: str
+    seed: int
+    size: tuple[int, int]  # pixels
+    steps: int = STEPS
+    guidance: float = GUIDANCE
+    negative: str = ""
+    regions: tuple[Region, ...] = ()
+    scheduler: str | None = None
+    callback: Callable[[int, int], None] | None = field(default=None, compare=False)
+
+
+class Strategy(Protocol):
+    """Sampling with several adapters that were never merged. Fields of the dataclass are its hyper-parameters."""
+
+    name: ClassVar[str]
+
+    def check(self, prompt: str, parts: Sequence[Part], regions: Sequence[Region]) -> None:
+        """Raises UsageError for words, parts and regions that do not fit together."""
+
+    def draw(self, cast: Cast, scene: Scene) -> Tensor:
+        """(1, channels, h, w) latents."""
+
+
+@dataclass(frozen=True, eq=False)
+class Script:
+    """A scene encoded: what the base and each part read, and where in each text each part's words stand."""
+
+    base: Tensor  # (1, T, dim)
+    negative: Tensor | None  # (1, T, dim), None without guidance
+    parts: tuple[Tensor, ...]  # (halves, T, dim) or (halves, L, T, dim) each; the last half is the prompt's
+    spots: tuple[dict[int, list[int]], ...]  # of the base's text, then of each part's
+
+    @staticmethod
+    def of(cast: Cast, scene: Scene) -> Script:
+        """The base reads the prompt with nouns for all. Part k reads region k's prompt, or the prompt with its own words only."""
+        pipeline, words, guided = cast.pipeline, Words.of(scene.prompt, cast.parts), scene.guidance > 1
+        plain = words.said(cast.parts, None)
+        spots, states = [_within(plain.spots(pipeline.token_count), pipeline.text_length)], []
+        for number in range(len(cast.parts)):
+            own = Words.of(scene.regions[number].prompt, cast.parts) if scene.regions else words.said(cast.parts, number)
+            negative = scene.regions[number].negative if scene.regions else scene.negative
+            with cast.speaking(number):
+                spots.append(_within(own.spots(pipeline.token_count), pipeline.text_length))
+                states.append(pipeline.encode([negative, own.text] if guided else [own.text]))
+        return Script(pipeline.encode([plain.text]), pipeline.encode([scene.negative]) if guided else None, tuple(states), tuple(spots))
+
+
+def check_words(prompt: str, parts: Sequence[Part], *, where: str = "the prompt") -> None:
+    """Raises UsageError if some part is not called, or without a noun."""
+    if missing := Words.of(prompt, parts).missing(parts):
+        said = ", ".join(f"{part.call or 'no words'!r} ({part.name})" for part in missing)
+        raise UsageError(f"{where} {prompt!r} does not hold {said}; write an adapter's words where it is to be seen")
+    for part in parts:
+        part.plain  # noqa: B018
+
+
+def check_regions(parts: Sequence[Part], regions: Sequence[Region]) -> None:
+    if regions and len(regions) != len(parts):
+        raise UsageError(f"{len(parts)} adapters and {len(regions)} regions; give one region for each adapter, in their order, or none")
+
+
+def in_box(region: Region, size: tuple[int, int]) -> Tensor:
+    """(h, w) bool: the cells that lie wholly inside."""
+    inside = torch.zeros(size[0] * size[1], dtype=torch.bool)
+    inside[box_cells(region.box, *size)] = True
+    return inside.view(size)
+
+
+def attentions(cast: Cast) -> list[Any]:
+    return [cast.pipeline.unet.get_submodule(path) for path in cast.pipeline.cross_attention_layers]
+
+
+def latent_size(cast: Cast, scene: Scene) -> tuple[int, int]:
+    unit = 1 << (len(cast.pipeline.pipe.vae.config.block_out_channels) - 1)
+    return scene.size[0] // unit, scene.size[1] // unit
+
+
+def _within(spots: dict[int, list[int]], length: int) -> dict[int, list[int]]:
+    """What is cut from a prompt that is too long attends to nothing; the end mark stands last."""
+    kept = {owner: [spot for spot in found if spot < length - 1] for owner, found in spots.items()}
+    if not all(kept.values()):
+        raise UsageError(f"an adapter's words stand beyond the {length} tokens that the text encoder reads; shorten the prompt")
+    return kept
