@@ -589,6 +589,7 @@ def test_generate_with_a_strategy(call, base, files, tmp_path):
     with Image.open(record["file"]) as one, Image.open(tmp_path / "again" / Path(record["file"]).name) as other:
         assert one.tobytes() == other.tobytes()
     assert "--class is for --strategy" in error(call(*words, "--class", "ben=man", "--output", tmp_path / "new"))
+    assert "leave --offload out" in error(call(*words, "--strategy", "omg", "--offload", "--output", tmp_path / "new"))
     assert call(*words, "--strategy", "none", "--output", tmp_path / "new")[0] == 2
 
 
