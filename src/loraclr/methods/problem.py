@@ -200,17 +200,3 @@ def residuals(problem: LayerProblem, delta: Tensor) -> dict[str, float]:
             if concept in moments and (energy := moments[concept].energy(target)) > 0:
                 found[f"{kind}/{concept}"] = (max(moments[concept].energy(delta.double() - target), 0.0) / energy) ** 0.5
     return found
-
-
-def cross_talk(problem: LayerProblem, delta: Tensor) -> Tensor:
-    """(concepts, concepts): row i are the joint least-squares coefficients of X_i D^T on all X_i D_k^T.
-
-    The diagonal is each concept's strength, the rest is what it brings of the others; projecting pair by pair would invent cross-talk.
-    """
-    targets = torch.stack(problem.deltas())
-    rows = []
-    for moments in problem.moments():
-        seen = targets @ moments.gram()
-        inner = torch.einsum("koi,loi->kl", seen, targets)
-        rows.append(torch.linalg.pinv(inner, hermitian=True) @ torch.einsum("koi,oi->k", seen, delta.double()))
-    return torch.stack(rows)
