@@ -22,7 +22,7 @@ ORDER = (
     ("conditioning", "loading"),
     ("pipeline",),
     ("collect",),
-    ("predictions",),
+    ("lockstep", "predictions"),
     ("merge",),
     ("generate", "train"),
     ("evaluate",),

@@ -10,7 +10,7 @@ import os
 import platform
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -26,6 +26,7 @@ from loraclr.errors import MergeError, UsageError
 from loraclr.formats import load_adapter, save_adapter
 from loraclr.formats.files import digest
 from loraclr.linalg import Truncation, factor, lowest_rank, truncate, truncate_aware, truncate_dense
+from loraclr.lockstep import settled
 from loraclr.methods import CrossTalk, cross_talk, make_method
 from loraclr.methods.problem import AdapterMethod, LayerProblem, LayerSolution, Method, residuals
 from loraclr.pipeline import Pipeline
@@ -221,9 +222,16 @@ def merge(
             statistics = collect(base, concepts, names, settings=settings, merged=merged, progress=tell)
             seconds["collect"] += time.perf_counter() - began
         began = time.perf_counter()
-        for index, layer in enumerate(names):
-            problem = _problem(layer, shapes, concepts, base, statistics.get(layer), seed)
-            solution = solved[layer] if isinstance(solver, AdapterMethod) else solver.solve(problem)
+        problems = (_problem(layer, shapes, concepts, base, statistics.get(layer), seed) for layer in names)
+        pairs: Iterable[tuple[LayerProblem, LayerSolution]] = (
+            (problem, solved[problem.layer] if isinstance(solver, AdapterMethod) else solver.solve(problem)) for problem in problems
+        )
+        if base is not None and "lockstep" in solver.needs:
+            if progress:
+                progress(f"certifying stage {stage + 1} of {len(stages)}", 0.0)
+            pairs = settled(base, concepts, list(pairs), settings=settings, merged=merged)
+        for index, (problem, solution) in enumerate(pairs):
+            layer = problem.layer
             merged[layer], receipt, heard = _receipt(problem, solution, solver.name, rank, stage)
             receipts.append(receipt)
             talk = heard if talk is None or heard is None else talk + heard
