@@ -14,7 +14,7 @@ import loraclr
 SOURCE = Path(loraclr.__file__).parent
 # From the bottom up. Those of one row may not import each other.
 ORDER = (
-    ("errors",),
+    ("errors", "page"),
     ("linalg",),
     ("adapter",),
     ("blocks", "statistics"),
@@ -28,6 +28,7 @@ ORDER = (
     ("evaluate",),
     ("toybox", "web"),
     ("judges",),
+    ("compare",),
     ("cli",),
 )
 LEVEL = {name: level for level, row in enumerate(ORDER) for name in row}

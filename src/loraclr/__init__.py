@@ -17,6 +17,7 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from loraclr.adapter import Adapter, DenseLayer, LoraLayer
     from loraclr.collect import Collection, Concept, collect
+    from loraclr.compare import Comparison, compare
     from loraclr.errors import FormatError, LoraclrError, MergeError, NumericalError, PipelineError, TrainError, UsageError
     from loraclr.evaluate import Evaluation, Subject, Variant, evaluate
     from loraclr.formats import describe, load_adapter, save_adapter
@@ -34,6 +35,7 @@ __all__ = [
     "RECIPES",
     "Adapter",
     "Collection",
+    "Comparison",
     "Concept",
     "DenseLayer",
     "Evaluation",
@@ -61,6 +63,7 @@ __all__ = [
     "Variant",
     "__version__",
     "collect",
+    "compare",
     "describe",
     "evaluate",
     "generate",
@@ -84,6 +87,7 @@ _HOMES = {
     for module, names in {
         "adapter": ("Adapter", "DenseLayer", "LoraLayer"),
         "collect": ("Collection", "Concept", "collect"),
+        "compare": ("Comparison", "compare"),
         "errors": ("FormatError", "LoraclrError", "MergeError", "NumericalError", "PipelineError", "TrainError", "UsageError"),
         "evaluate": ("Evaluation", "Subject", "Variant", "evaluate"),
         "formats": ("describe", "load_adapter", "save_adapter"),
