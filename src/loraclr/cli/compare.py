@@ -142,7 +142,7 @@ def _check_pictures(base: str | None, pictures: Path | None, prompts: Path | Non
         raise UsageError("--pictures needs a model to draw with; give --base")
     if judge == TOYBOX and (prompts or face or references):
         raise UsageError("--judge toybox brings its own prompts and references; leave --prompts, --face-judge and --references out")
-    if judge != TOYBOX and bool(judge) != bool(references) or (face and not judge):
+    if (judge != TOYBOX and bool(judge) != bool(references)) or (face and not judge):
         raise UsageError("judges compare with pictures of the concepts: give --judge and --references DIR together")
 
 

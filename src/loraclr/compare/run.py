@@ -92,7 +92,8 @@ def compare(
         progress("merging", 1.0)
     done = [entry for entry in entries if entry.result is not None]
     if not done:
-        raise MergeError(f"no method could merge: {'; '.join(dict.fromkeys(entry.why for entry in entries))}")
+        reasons = {entry.why: entry.label for entry in reversed(entries)}  # of those that are the same, the first method's
+        raise MergeError(f"no method could merge: {'; '.join(f'{label}: {why}' for why, label in reversed(reasons.items()))}")
     first = done[0].result
     assert first is not None
     settings = {
