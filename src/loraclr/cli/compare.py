@@ -207,7 +207,7 @@ def _draw(
 
 def _show(found: Comparison, output: Path) -> None:
     measured = any(entry.measure for entry in found.merged)
-    columns = [*(["held out", "fit", "strength", "cross-talk"] if measured else []), "rank", "file", "seconds", "memory"]
+    columns = [*(["held out", "fit", "strength", "cross-talk"] if measured else []), "rank", "file", "s", "memory"]
     scores = _scores(found)
     names = list(dict.fromkeys(name for values in scores.values() for name in values))
     title = f"{len(found.merged)} methods on {len(found.settings['inputs'])} adapters"

@@ -26,7 +26,7 @@ TALK = """<h2>Who is heard on whose features</h2>
 <h2>Concept by concept</h2>
 <p>Residual on held-out prompts, the mean over layers.</p>
 <div class="wrap"><table class="num"><thead><tr><th></th>{names}</tr></thead><tbody>{rows}</tbody></table></div>"""
-CELL = 10
+CELL, LABEL = 10, 30  # of a heat map: a square, and the room for names
 
 
 def write_page(comparison: Comparison, path: str | Path) -> Path:
@@ -101,6 +101,7 @@ def _map(label: str, talk: CrossTalk, *, before: bool = False) -> str:
     values, strength = (talk.before if before else talk.heard).tolist(), talk.after.diagonal().tolist()
     names, side, shapes = [html.escape(name) for name in talk.concepts], CELL * len(talk.concepts), ""
     for i, row in enumerate(values):
+        shapes += f'<text x="-2" y="{i * CELL + 6.5}" text-anchor="end">{html.escape(talk.concepts[i][:9])}</text>'
         for j, value in enumerate(row):
             shown = strength[i] if i == j and not before else value
             if math.isnan(shown):
@@ -109,7 +110,7 @@ def _map(label: str, talk: CrossTalk, *, before: bool = False) -> str:
             place = f'x="{j * CELL}" y="{i * CELL}" width="{CELL - 1}" height="{CELL - 1}" rx="1"'
             own = ' class="own"' if i == j else ""
             shapes += f'<rect {place}{own} fill-opacity="{min(abs(shown), 1):.2f}"><title>{what}</title></rect>'
-    return f'<figure><svg viewBox="-1 -1 {side + 1} {side + 1}" role="img">{shapes}</svg><figcaption>{html.escape(label)}</figcaption></figure>'
+    return f'<figure><svg viewBox="{-LABEL} -1 {side + LABEL + 1} {side + 1}" role="img">{shapes}</svg><figcaption>{html.escape(label)}</figcaption></figure>'
 
 
 def _scores(comparison: Comparison) -> str:
