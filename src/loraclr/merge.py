@@ -229,7 +229,10 @@ def merge(
         if base is not None and "lockstep" in solver.needs:
             if progress:
                 progress(f"certifying stage {stage + 1} of {len(stages)}", 0.0)
-            pairs = settled(base, concepts, list(pairs), settings=settings, merged=merged)
+            pairs, second = list(pairs), time.perf_counter()
+            pairs = settled(base, concepts, pairs, settings=settings, merged=merged)
+            spent = time.perf_counter() - second
+            seconds["certify"], began = seconds.get("certify", 0.0) + spent, began + spent
         for index, (problem, solution) in enumerate(pairs):
             layer = problem.layer
             merged[layer], receipt, heard = _receipt(problem, solution, solver.name, rank, stage)

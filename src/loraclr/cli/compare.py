@@ -208,18 +208,19 @@ def _draw(
 def _show(found: Comparison, output: Path) -> None:
     measured = any(entry.measure for entry in found.merged)
     columns = [*(["held out", "fit", "strength", "cross-talk"] if measured else []), "rank", "file", "s", "memory"]
-    scores = _scores(found)
-    names = list(dict.fromkeys(name for values in scores.values() for name in values))
     title = f"{len(found.merged)} methods on {len(found.settings['inputs'])} adapters"
-    table = show.table("method", *columns, *names, numbers=(*columns, *names), title=title)
-    if alone := scores.pop("alone", {}):
-        table.add_row("alone", *["-"] * len(columns), *(alone.get(name, "-") for name in names))
+    table = show.table("method", *columns, numbers=tuple(columns), title=title)
     for entry in found.merged:
-        values = scores.get(entry.label, {})
-        table.add_row(entry.label, *_cells(entry, measured), *(values.get(name, "-") for name in names))
+        table.add_row(Text(entry.label), *_cells(entry, measured))
     show.out.print(table, "")
+    if scores := _scores(found):
+        names = list(dict.fromkeys(name for values in scores.values() for name in values))
+        table = show.table("scores of pictures", *names, numbers=tuple(names))
+        for label, values in scores.items():
+            table.add_row(Text(label), *(values.get(name, "-") for name in names))
+        show.out.print(table, "")
     if measured:
-        said = "held out, fit: mean residual on each concept's own features; 0 is the adapter's own behaviour, 1 the base's"
+        said = "held out, fit: mean residual on each concept's features; 0 is the adapter's own behaviour, 1 the base's"
         show.out.print(said, style="dim", markup=False)
         said = f"strength: what is left of each adapter; cross-talk: how loud another still is beside it, unmerged {found.before:.2f}"
         show.out.print(said, style="dim", markup=False)
@@ -241,13 +242,10 @@ def _cells(entry: Entry, measured: bool) -> list[str]:
 
 
 def _scores(found: Comparison) -> dict[str, dict[str, str]]:
-    """By label as asked for; rows of pictures go by the name of their folder."""
-    from loraclr.compare.run import file_name
-
-    if found.pictures is None:
-        return {}
-    rows = {row.label: {name: f"{value.mean:.2f}" for name, value in row.estimates().items() if value.count} for row in found.pictures.rows}
-    return {"alone": rows.get("alone", {})} | {entry.label: rows.get(file_name(entry.label), {}) for entry in found.merged}
+    """By row of pictures, controls included; nothing where there was no judge."""
+    rows = found.pictures.rows if found.pictures else ()
+    values = {row.label: {name: f"{value.mean:.2f}" for name, value in row.estimates().items() if value.count} for row in rows}
+    return values if any(values.values()) else {}
 
 
 def _number(value: float) -> str:
