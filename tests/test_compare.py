@@ -12,6 +12,7 @@ from typing import ClassVar
 import pytest
 import torch
 from concepts import KEYS, SMALL, SPATIAL, TEXT, fingerprint, three
+from PIL import Image
 
 from loraclr.adapter import Adapter, DenseLayer
 from loraclr.cli import compare as command
@@ -19,14 +20,17 @@ from loraclr.cli import main
 from loraclr.collect import Concept, collect
 from loraclr.compare import compare, every_method, measure
 from loraclr.compare.page import write_page
-from loraclr.compare.pictures import draw
+from loraclr.compare.pictures import draw, judge, judge_by_toybox
 from loraclr.errors import MergeError, UsageError
-from loraclr.evaluate import Variant
+from loraclr.evaluate import Subject, Variant
 from loraclr.formats import load_adapter, save_adapter
 from loraclr.merge import merge
 from loraclr.methods import make_method, method_names
 from loraclr.methods.problem import LayerProblem, residuals
 from loraclr.pipeline import Pipeline
+from loraclr.toybox import open_toybox
+from loraclr.toybox.judge import agreement
+from loraclr.toybox.score import SCORE_TEMPLATES
 
 CALLS = ("ada woman", "<ben> man", "cai man")
 
@@ -167,6 +171,49 @@ def test_pictures_are_at_equal_seeds_and_on_the_page(shared, adapters, found, tm
     alone, average = (tmp_path / "pictures" / label / "ada" / "01-1.png" for label in ("alone", "average"))
     assert alone.read_bytes() != average.read_bytes()
     assert write_page(drawn, tmp_path / "page.html").read_text().count("data:image/webp") == 6
+
+
+def test_pictures_are_judged_with_controls_or_by_the_toybox(shared, adapters, found, tmp_path):
+    own = {adapter.name: Variant(adapter) for adapter in adapters}
+    colours = [Image.new("RGB", (16, 16), (k, 90, 200 - k)) for k in (10, 60, 160)]
+    subjects = [Subject(name, call, "man", colours) for name, call in zip(own, CALLS, strict=True)]
+    brief = {"prompts": ["a {}"], "steps": 1, "guidance": 1.0}
+    judged = judge(shared, found, own, tmp_path, subjects=subjects, eyes=Eyes(), **brief)
+    assert list(judged.scores()) == ["references", "base", "alone", "average", "sum-scale=0.3"]
+    assert set(judged.scores()["average"]) == {"text", "image"}
+    text = write_page(judged, tmp_path / "page.html").read_text()
+    assert "Scores of pictures" in text and text.count("data:image/webp") == 3 * 4, "base, alone and two merges"
+    assert write_page(found, tmp_path / "bare.html").read_text().count("Scores") == 0 == len(found.scores())
+    with pytest.raises(UsageError, match="the toybox does not know ada, ben, cai"):
+        judge_by_toybox(shared, found, own, tmp_path)
+
+
+def test_the_toyboxs_judge_reads_its_own_prompts(tmp_path):
+    box = open_toybox()
+    paths = dict(list(box.adapter_paths().items())[:2])
+    loaded = {name: load_adapter(path) for name, path in paths.items()}
+    found = compare(list(paths.values()), methods={"average": make_method("average")})
+    own = {name: Variant(adapter) for name, adapter in loaded.items()}
+    judged = judge_by_toybox(box.load(), found, own, tmp_path, steps=1, guidance=1.0, batch_size=16)
+    assert list(judged.scores()) == ["alone", "average"] and set(judged.scores()["alone"]) == {"identity", "right person", "prompt"}
+    row = judged.pictures.rows[1]
+    assert len(row.files) == 2 * len(SCORE_TEMPLATES) and row.concepts[-1] == list(paths)[1]
+    images = [Image.open(tmp_path / file).convert("RGB") for file in row.files]
+    truths = {name: box.concepts[name].attributes for name in paths}
+    by_hand = agreement(box.judge.read(images), [truths[name] for name in row.concepts], box.judge.heads)
+    assert torch.allclose(row.values["identity"], by_hand)
+
+
+class Eyes:
+    """Embeds a picture by its mean colour, a text by its letters."""
+
+    name = "eyes"
+
+    def embed_images(self, images):
+        return torch.stack([torch.tensor(image.resize((1, 1)).getpixel((0, 0)), dtype=torch.float32) - 127.5 for image in images])
+
+    def embed_texts(self, texts):
+        return torch.tensor([[text.count(letter) + 0.1 for letter in "aen"] for text in texts])
 
 
 def test_method_words():

@@ -213,11 +213,11 @@ def _show(found: Comparison, output: Path) -> None:
     for entry in found.merged:
         table.add_row(Text(entry.label), *_cells(entry, measured))
     show.out.print(table, "")
-    if scores := _scores(found):
+    if scores := found.scores():
         names = list(dict.fromkeys(name for values in scores.values() for name in values))
         table = show.table("scores of pictures", *names, numbers=tuple(names))
         for label, values in scores.items():
-            table.add_row(Text(label), *(values.get(name, "-") for name in names))
+            table.add_row(Text(label), *(f"{values[name].mean:.2f}" if name in values else "-" for name in names))
         show.out.print(table, "")
     if measured:
         said = "held out, fit: mean residual on each concept's features; 0 is the adapter's own behaviour, 1 the base's"
@@ -239,13 +239,6 @@ def _cells(entry: Entry, measured: bool) -> list[str]:
     low, high = entry.ranks
     memory = "-" if math.isnan(entry.megabytes) else f"{entry.megabytes:.0f} MB"
     return [*cells, str(low) if low == high else f"{low}-{high}", show.size(entry.size), f"{entry.seconds:.1f}", memory]
-
-
-def _scores(found: Comparison) -> dict[str, dict[str, str]]:
-    """By row of pictures, controls included; nothing where there was no judge."""
-    rows = found.pictures.rows if found.pictures else ()
-    values = {row.label: {name: f"{value.mean:.2f}" for name, value in row.estimates().items() if value.count} for row in rows}
-    return values if any(values.values()) else {}
 
 
 def _number(value: float) -> str:

@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from loraclr.compare.measures import Measure
-from loraclr.evaluate import Evaluation
+from loraclr.evaluate import Estimate, Evaluation
 from loraclr.merge import MergeResult
+
+SHOWN = ("identity", "right person", "leakage", "image", "text", "prompt")  # what is shown of the judges' values
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,6 +53,12 @@ class Comparison:
     @property
     def merged(self) -> tuple[Entry, ...]:
         return tuple(entry for entry in self.entries if entry.result is not None)
+
+    def scores(self) -> dict[str, dict[str, Estimate]]:
+        """Row of pictures, controls included -> metric of `SHOWN` -> its mean and interval; nothing where there was no judge."""
+        found = {row.label: row.estimates() for row in self.pictures.rows} if self.pictures else {}
+        kept = {label: {name: values[name] for name in SHOWN if name in values and values[name].count} for label, values in found.items()}
+        return kept if any(kept.values()) else {}
 
     @property
     def before(self) -> float:

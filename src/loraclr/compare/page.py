@@ -114,19 +114,18 @@ def _map(label: str, talk: CrossTalk, *, before: bool = False) -> str:
 
 
 def _scores(comparison: Comparison) -> str:
-    assert comparison.pictures is not None
-    rows = [(row, {name: value for name, value in row.estimates().items() if value.count}) for row in comparison.pictures.rows]
-    names = list(dict.fromkeys(name for _, values in rows for name in values))
-    if not names:
+    found = comparison.scores()
+    if not found:
         return ""
+    names = list(dict.fromkeys(name for values in found.values() for name in values))
     body = ""
-    for row, values in rows:
+    for label, values in found.items():
         cells = ""
         for name in names:
             one = values.get(name)
             cells += f"<td>{one.mean:.2f}<br><small>{one.low:.2f} – {one.high:.2f}</small></td>" if one else "<td></td>"
-        body += f"<tr><td>{html.escape(row.label)}</td>{cells}</tr>"
-    heads = "".join(f"<th>{html.escape(name.replace('_', ' '))}</th>" for name in names)
+        body += f"<tr><td>{html.escape(label)}</td>{cells}</tr>"
+    heads = "".join(f"<th>{html.escape(name)}</th>" for name in names)
     return (
         "<h2>Scores of pictures</h2><p>At equal prompts and seeds; below each mean its 95 % bootstrap interval over concepts, prompts and seeds.</p>"
         f'<div class="wrap"><table class="num"><thead><tr><th></th>{heads}</tr></thead><tbody>{body}</tbody></table></div>'

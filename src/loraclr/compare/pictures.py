@@ -63,7 +63,7 @@ def draw(
                 )
                 for place, picture in enumerate(made):
                     path = inside / f"{place // len(seeds) + 1:02d}-{picture.seed}.png"
-                    files.append(str(picture.save(path).relative_to(root)))
+                    files.append(picture.save(path).relative_to(root).as_posix())
         rows.append(_row(label, files, calls, templates, seeds))
         if progress:
             progress("drawing", (number + 1) / len(wanted))

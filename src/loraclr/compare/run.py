@@ -63,7 +63,7 @@ def compare(
 
         def tell(what: str, share: float, label: str = label, index: int = index) -> None:
             if progress:
-                progress(f"merging: {label}, {what}", (index + min(share, 0.99)) / len(chosen))
+                progress(f"merging: {label}, {what}", index / len(chosen))
 
         tell("starting", 0.0)
         began = time.perf_counter()
