@@ -7,6 +7,7 @@ own objective, and by plain SVD.
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -52,7 +53,7 @@ def draw(study: Mapping[str, Mapping[str, Any]]) -> str:
     rows = {kind: [*(study.get(f"rank {rank}{kind}") for rank in ranks), study.get("loraclr")] for kind in KINDS}
     identity = {kind: [(row["identity"], *row["identity_interval"]) if row else None for row in found] for kind, found in rows.items()}
     residual = {kind: [(row["held_out"],) * 3 if row else None for row in found] for kind, found in rows.items()}
-    top = max([1.0, *(one[0] * 1.05 for found in residual.values() for one in found if one)])
+    top = max(one[0] for found in residual.values() for one in found if one)
     legend = ""
     for k, (colour, words) in enumerate(KINDS.values()):
         legend += f'<circle fill="{colour}" cx="{LEFT + 150 * k}" cy="{HEIGHT - 14}" r="4"/>'
@@ -61,7 +62,7 @@ def draw(study: Mapping[str, Mapping[str, Any]]) -> str:
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="identity and residual over rank">'
         f"<style>{STYLE}</style>{panel('identity, 95 % interval', LEFT, identity, 1.0, labels)}"
-        f"{panel('residual, held-out prompts', second, residual, round(top, 1), labels)}{legend}</svg>\n"
+        f"{panel('residual, held-out prompts', second, residual, round(0.4 * math.ceil(top / 0.4), 1), labels)}{legend}</svg>\n"
     )
 
 
