@@ -14,7 +14,7 @@ import loraclr
 SOURCE = Path(loraclr.__file__).parent
 # From the bottom up. Those of one row may not import each other.
 ORDER = (
-    ("errors",),
+    ("errors", "page"),
     ("disk", "linalg"),
     ("adapter",),
     ("blocks", "statistics"),
@@ -25,13 +25,14 @@ ORDER = (
     ("pipeline",),
     ("control", "settings", "strategies"),
     ("collect",),
-    ("predictions", "preflight"),
+    ("lockstep", "predictions", "preflight"),
     ("merge",),
     ("fuse", "pack", "verify"),
     ("generate", "train"),
     ("evaluate",),
     ("toybox", "web"),
     ("judges",),
+    ("compare",),
     ("cli",),
 )
 LEVEL = {name: level for level, row in enumerate(ORDER) for name in row}

@@ -441,3 +441,18 @@ def test_a_solution_of_zero_is_a_layer_of_rank_one(adapters, tmp_path):
 def test_lora_helper_has_the_strength_it_says(shared):
     made = lora(shared, KEYS[0], rank=2, seed=0, strength=0.3)
     assert float(made.delta().norm() / shared.base_weight(KEYS[0]).norm()) == pytest.approx(0.3, rel=1e-4)
+
+
+def test_the_receipt_says_how_strong_concepts_are_and_how_they_cross(shared, adapters):
+    """In a sum every coefficient is 1, on whatever features; a faithful merge of one has strength 1 and nobody to cross."""
+    result = run(adapters, shared, "sum", measure=True)
+    talk = result.receipt()["cross_talk"]
+    assert talk["concepts"] == ["ada", "ben", "cai"] and talk["strength"] == pytest.approx(1, abs=1e-4)
+    assert all(value == pytest.approx(1, abs=1e-3) for row in talk["tables"]["after"] for value in row)
+    assert [talk["tables"]["before"][k][k] for k in range(3)] == pytest.approx([1, 1, 1])
+    assert all(set(layer.cross_talk) == {"strength", "before", "after"} for layer in result.layers)
+    alone = run(adapters[:1], shared, parameters=FAITHFUL).receipt()["cross_talk"]
+    assert alone["strength"] == pytest.approx(1, abs=1e-2) and alone["after"] is None
+    assert merge(adapters, method="sum").receipt()["cross_talk"] is None
+    ours = run(adapters, shared).receipt()["cross_talk"]
+    assert ours["after"] < talk["after"] == pytest.approx(talk["before"], rel=1e-3)

@@ -10,7 +10,7 @@ from problems import NAME, features, make_problem, relative
 from loraclr import linalg
 from loraclr.adapter import DenseLayer, LoraLayer
 from loraclr.errors import MergeError, NumericalError, UsageError
-from loraclr.methods import METHODS, NEEDS, AdapterMethod, LayerMethod, cross_talk, make_method, method_names, parameters, residuals
+from loraclr.methods import METHODS, NEEDS, AdapterMethod, LayerMethod, make_method, method_names, parameters, residuals
 from loraclr.methods.contrast import Contrast
 from loraclr.methods.loraclr import LADDER, Loraclr
 from loraclr.methods.loraclr_reference import LoraclrReference
@@ -548,13 +548,6 @@ def test_residuals_are_those_of_the_features():
     assert math.isclose(residuals(problem, torch.zeros_like(delta))["held_out/c0"], 1.0)
     absent = replace(problem, layers=(None, problem.layers[1]))
     assert set(residuals(absent, delta)) == {"fit/c1", "held_out/c1"}
-
-
-def test_cross_talk_are_the_coefficients():
-    problem = make_problem(3)
-    mix = 0.7 * problem.delta(0) - 0.2 * problem.delta(2)
-    expected = torch.tensor([[0.7, 0.0, -0.2]] * 3, dtype=torch.float64)
-    assert torch.allclose(cross_talk(problem, mix), expected, atol=1e-10)
 
 
 def test_growth_is_called_out():

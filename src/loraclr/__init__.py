@@ -17,6 +17,7 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from loraclr.adapter import Adapter, DenseLayer, LoraLayer
     from loraclr.collect import Collection, Concept, collect
+    from loraclr.compare import Comparison, compare
     from loraclr.errors import FormatError, LoraclrError, MergeError, NumericalError, PipelineError, TrainError, UsageError
     from loraclr.evaluate import Evaluation, Subject, Variant, evaluate
     from loraclr.formats import describe, load_adapter, save_adapter
@@ -38,6 +39,7 @@ __all__ = [
     "RECIPES",
     "Adapter",
     "Collection",
+    "Comparison",
     "Concept",
     "DenseLayer",
     "Evaluation",
@@ -68,6 +70,7 @@ __all__ = [
     "Verification",
     "__version__",
     "collect",
+    "compare",
     "describe",
     "evaluate",
     "fuse",
@@ -94,6 +97,7 @@ _HOMES = {
     for module, names in {
         "adapter": ("Adapter", "DenseLayer", "LoraLayer"),
         "collect": ("Collection", "Concept", "collect"),
+        "compare": ("Comparison", "compare"),
         "errors": ("FormatError", "LoraclrError", "MergeError", "NumericalError", "PipelineError", "TrainError", "UsageError"),
         "evaluate": ("Evaluation", "Subject", "Variant", "evaluate"),
         "formats": ("describe", "load_adapter", "save_adapter"),

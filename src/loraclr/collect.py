@@ -130,7 +130,7 @@ def collect(
     Raises PipelineError where a layer is not the pipeline's, FormatError on features that are not finite.
     """
     settings = settings or Collection()
-    stage = _stage_of(pipeline, names)
+    stage = stage_of(pipeline, names)
     tokens = {token: rows for concept in concepts for token, rows in concept.adapter.tokens.items()}
     layered = any(len(rows) > 1 for rows in tokens.values())  # then every text counts once per layer, whoever brings the tokens
     runs: dict[str, dict[str, _Recorder]] = {}
@@ -165,7 +165,8 @@ def collect(
     }
 
 
-def _stage_of(pipeline: Pipeline, names: Sequence[str]) -> str:
+def stage_of(pipeline: Pipeline, names: Sequence[str]) -> str:
+    """`text`, `keys` or `spatial`. Raises UsageError where the layers are of several stages."""
     stages = pipeline.stages(names)
     if len(stages) != 1:
         raise UsageError(f"statistics are collected stage by stage, but these {len(names)} layers belong to {len(stages)} stages")

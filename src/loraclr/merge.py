@@ -9,7 +9,7 @@ import math
 import platform
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -25,7 +25,8 @@ from loraclr.errors import MergeError, UsageError
 from loraclr.formats import load_adapter, provenance, save_adapter, sidecar
 from loraclr.formats.files import digest, tensor_digest
 from loraclr.linalg import Truncation, factor, lowest_rank, truncate, truncate_aware, truncate_dense
-from loraclr.methods import make_method
+from loraclr.lockstep import settled
+from loraclr.methods import CrossTalk, cross_talk, make_method
 from loraclr.methods.problem import AdapterMethod, LayerProblem, LayerSolution, Method, residuals
 from loraclr.pipeline import Pipeline
 from loraclr.predictions import model_problem
@@ -51,6 +52,7 @@ class LayerReceipt:
     status: str
     advice: str
     residuals: Mapping[str, float]  # "fit/CONCEPT" and "held_out/CONCEPT": 0 is the adapter's own behaviour, 1 the base's
+    cross_talk: Mapping[str, float]  # `CrossTalk.summary`
     diagnostics: Mapping[str, float | str | bool]
 
 
@@ -69,6 +71,7 @@ class MergeResult:
     seed: int
     collection: Mapping[str, Any] | None
     seconds: Mapping[str, float] = field(default_factory=dict)
+    cross_talk: CrossTalk | None = None  # over all layers, where features were collected
 
     def mean_residual(self, kind: str = "held_out", *, concept: str | None = None) -> float:
         """The mean over layers and concepts (or of one concept) of the `fit` or `held_out` residual; NaN if none was measured."""
@@ -93,6 +96,7 @@ class MergeResult:
             "collection": self.collection,
             "versions": dict(self.versions),
             "residual": {kind: _rounded(self.mean_residual(kind)) for kind in ("fit", "held_out")},
+            "cross_talk": None if self.cross_talk is None else _tables(self.cross_talk),
             "layers": [dataclasses.asdict(layer) for layer in self.layers],
             "seconds": dict(self.seconds),
         }
@@ -215,6 +219,7 @@ def merge(
         seconds["solve"] += time.perf_counter() - began
     merged: dict[str, Layer] = {}
     receipts: list[LayerReceipt] = []
+    talk: CrossTalk | None = None
     for stage, names in enumerate(stages):
         seen: Mapping[str, LayerStats] = statistics or {}
         if collecting and base is not None:
@@ -229,11 +234,22 @@ def merge(
             seen = collect(base, concepts, names, settings=settings, merged=merged, progress=tell)
             seconds["collect"] += time.perf_counter() - began
         began = time.perf_counter()
-        for index, layer in enumerate(names):
-            problem = _problem(layer, shapes, concepts, base, seen.get(layer), seed)
-            solution = solved[layer] if isinstance(solver, AdapterMethod) else solver.solve(problem)
-            merged[layer], receipt = _receipt(problem, solution, solver.name, rank, stage)
+        problems = (_problem(layer, shapes, concepts, base, seen.get(layer), seed) for layer in names)
+        pairs: Iterable[tuple[LayerProblem, LayerSolution]] = (
+            (problem, solved[problem.layer] if isinstance(solver, AdapterMethod) else solver.solve(problem)) for problem in problems
+        )
+        if base is not None and "lockstep" in solver.needs:
+            if progress:
+                progress(f"certifying stage {stage + 1} of {len(stages)}", 0.0)
+            pairs, second = list(pairs), time.perf_counter()
+            pairs = settled(base, concepts, pairs, settings=settings, merged=merged)
+            spent = time.perf_counter() - second
+            seconds["certify"], began = seconds.get("certify", 0.0) + spent, began + spent
+        for index, (problem, solution) in enumerate(pairs):
+            layer = problem.layer
+            merged[layer], receipt, heard = _receipt(problem, solution, solver.name, rank, stage)
             receipts.append(receipt)
+            talk = heard if talk is None or heard is None else talk + heard
             if progress:
                 progress(f"solving stage {stage + 1} of {len(stages)}", (index + 1) / len(names))
         seconds["solve"] += time.perf_counter() - began
@@ -272,6 +288,7 @@ def merge(
         seed,
         dataclasses.asdict(settings) if collecting or prompted else None,
         {key: round(value, 3) for key, value in seconds.items()},
+        talk,
     )
 
 
@@ -331,7 +348,9 @@ def _problem(
     )
 
 
-def _receipt(problem: LayerProblem, solution: LayerSolution, method: str, rank: int | None, stage: int) -> tuple[Layer, LayerReceipt]:
+def _receipt(
+    problem: LayerProblem, solution: LayerSolution, method: str, rank: int | None, stage: int
+) -> tuple[Layer, LayerReceipt, CrossTalk | None]:
     parts = [part for part in (solution.change, solution.up, solution.down) if part is not None]
     if not all(bool(torch.isfinite(part).all()) for part in parts):
         raise MergeError(f"{problem.layer}: {method} gave NaN or infinity; raise its regularisation or check this layer of the inputs")
@@ -342,7 +361,8 @@ def _receipt(problem: LayerProblem, solution: LayerSolution, method: str, rank: 
         up.view(*up.shape, *([1, 1] if len(problem.shape) == 4 else [])),
     )
     moments = list(problem.statistics.fit.values()) if problem.statistics else []
-    return layer, LayerReceipt(
+    heard = cross_talk(problem, up, down) if problem.statistics else None
+    receipt = LayerReceipt(
         problem.layer,
         stage,
         tuple(concept for concept, own in zip(problem.concepts, problem.layers, strict=True) if own is not None),
@@ -353,8 +373,16 @@ def _receipt(problem: LayerProblem, solution: LayerSolution, method: str, rank: 
         solution.status,
         solution.advice,
         {key: _rounded(value) for key, value in _residuals(problem, up, down).items()},
+        {key: _rounded(value) for key, value in heard.summary().items()} if heard else {},
         {key: _rounded(value) if isinstance(value, float) else value for key, value in solution.diagnostics.items()},
     )
+    return layer, receipt, heard
+
+
+def _tables(talk: CrossTalk) -> dict[str, Any]:
+    """Row i on concept i's features: how loud each other adapter is there, and its coefficient in the merge."""
+    tables = {kind: [[_rounded(value) for value in row] for row in getattr(talk, kind).tolist()] for kind in ("before", "after")}
+    return {**{key: _rounded(value) for key, value in talk.summary().items()}, "concepts": talk.concepts, "tables": tables}
 
 
 def _residuals(problem: LayerProblem, up: torch.Tensor, down: torch.Tensor) -> dict[str, float]:

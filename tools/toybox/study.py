@@ -18,7 +18,7 @@ from collections.abc import Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from measure import concept_scores, factors, row
@@ -28,13 +28,18 @@ from loraclr.adapter import Adapter
 from loraclr.collect import Collection
 from loraclr.evaluate import paired
 from loraclr.formats import load_adapter
+from loraclr.linalg import truncate
 from loraclr.merge import merge
+from loraclr.methods import LayerProblem, LayerSolution
+from loraclr.methods.loraclr import Loraclr
+from loraclr.methods.options import Option
 from loraclr.pack import Pack
 from loraclr.pipeline import Pipeline
 from loraclr.toybox.judge import Judge
 
 CONCEPTS = 12
 STAGES = ("text", "keys", "spatial")
+RANKS = (4, 8, 16, 32, 64)  # the row `loraclr` is uncut; rank_plot.py draws these
 
 
 @dataclass(frozen=True)
@@ -45,6 +50,20 @@ class Setting:
     merged: tuple[str, ...] = STAGES  # the stages that come from the merge
     rest: str = "nothing"  # the others: "nothing", or every concept's "own" adapter
     pack: bool = False  # built from a pack: every stage collected under the concept's own adapter
+    rank: int | None = None  # the most per layer, cut in the metric of the objective
+    plain: bool = False  # cut by plain SVD instead
+
+
+@dataclass(frozen=True)
+class PlainCut(Loraclr):
+    """The default, but for a cut that does not know what the layer sees."""
+
+    rank: Annotated[int, Option("the most per layer", 1)] = 4
+
+    def solve(self, problem: LayerProblem) -> LayerSolution:
+        whole = super().solve(problem)
+        assert whole.up is not None and whole.down is not None
+        return LayerSolution.of_factors(*truncate(whole.up, whole.down, self.rank)[:2], status=whole.status, **whole.diagnostics)
 
 
 def settings() -> dict[str, Setting]:
@@ -65,6 +84,9 @@ def settings() -> dict[str, Setting]:
     rows["contrastive"] = Setting("loraclr:contrastive")
     rows["contrastive in delta space"] = Setting("loraclr:contrastive", {"space": "delta"})
     rows["exact"] = Setting("loraclr:exact")
+    for rank in RANKS:
+        rows[f"rank {rank}"] = Setting(rank=rank)
+        rows[f"rank {rank}, plain SVD"] = Setting(rank=rank, plain=True)
     rows["6 prompts"] = Setting(collection=replace(usual, fit=usual.fit[:6]))
     rows["12 prompts"] = Setting(collection=replace(usual, fit=usual.fit[:12]))
     rows["12 preservation prompts"] = Setting(collection=replace(usual, preserve=usual.preserve[:12]))
@@ -110,18 +132,20 @@ def run(base: Path, judge: Path, loras: Path, split: str, name: str, rounds: int
     used, notes = adapters, {}
     if setting.merged:
         began = time.perf_counter()
+        size = 0
         if setting.pack:
             with tempfile.TemporaryDirectory() as folder:
                 pack = Pack.create(Path(folder) / "pack", list(files.values()), base=pipeline, collection=setting.collection)
                 size = sum(held.path.stat().st_size for held in pack.files)
                 merged = pack.build(method=setting.method, parameters=setting.parameters)
         else:
-            size = 0
             merged = merge(
-                list(files.values()), base=pipeline, method=setting.method, parameters=setting.parameters, collection=setting.collection,
-                measure=setting.method.startswith("loraclr"),
+                list(files.values()), base=pipeline, collection=setting.collection, measure=setting.method.startswith("loraclr"),
+                method=PlainCut(rank=setting.rank or 1) if setting.plain else setting.method,
+                parameters=None if setting.plain else setting.parameters, rank=None if setting.plain else setting.rank,
             )  # fmt: skip
         notes = {kind: round(merged.mean_residual(kind), 3) for kind in ("fit", "held_out")} if merged.collection else {}
+        notes["rank"] = max(layer.rank for layer in merged.layers)
         notes["merge_seconds"] = round(time.perf_counter() - began, 1)
         notes |= {"pack_megabytes": round(size / 1e6, 1)} if setting.pack else {}
         whole = setting.merged == STAGES

@@ -11,7 +11,7 @@ from typing import Annotated, TextIO
 import typer
 
 from loraclr import __version__
-from loraclr.cli import convert, evaluate, generate, inspect, merge, methods, pack, parse, show, study, toybox, train, verify
+from loraclr.cli import compare, convert, evaluate, generate, inspect, merge, methods, pack, parse, show, study, toybox, train, verify
 from loraclr.errors import LoraclrError
 
 __all__ = ["app", "main"]
@@ -33,6 +33,7 @@ app.command("convert")(convert.convert)
 app.command("train")(train.train)
 app.command("generate")(generate.generate)
 app.command("evaluate")(evaluate.evaluate)
+app.command("compare")(compare.compare)
 app.command("methods")(methods.methods)
 app.command("recipes")(train.recipes)
 app.command("demo")(toybox.demo)

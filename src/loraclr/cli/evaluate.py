@@ -97,7 +97,7 @@ def evaluate(
     templates, shown = read_prompts(prompts), read_references(references)
     pipeline = open_base(base, device, base_dtype, offload=offload, config=base_config)
     variants = _variants(lora, list(shown), pipeline)
-    subjects = _subjects(shown, variants, trigger, class_)
+    subjects = subjects_of(shown, variants, trigger, class_)
     eyes, face = open_picture_judge(judge, download=download), None if face_judge is None else open_face_judge(face_judge)
     with show.progress(quiet=json) as tell:
         found = run(
@@ -150,7 +150,7 @@ def _of_concept(folder: Path, concept: str) -> Path:
     return files[0]
 
 
-def _subjects(
+def subjects_of(
     shown: Mapping[str, Sequence[Image]], variants: Mapping[str, Variant], triggers: Sequence[str], classes: Sequence[str]
 ) -> list[Subject]:
     from loraclr.evaluate import Subject, call_of, noun_of

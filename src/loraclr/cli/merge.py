@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -125,14 +126,18 @@ def show_result(result: MergeResult, written: Path, *, json: bool) -> None:
             _mean(layers, "held_out"),
             f"{active} of {len(layers)}" if any("hinge_active" in layer.diagnostics for layer in layers) else "-",
         )
-    concepts = show.table("concept", "called by", "weight", "fit", "held out", numbers=("weight", "fit", "held out"))
-    for entry in result.inputs:
+    numbers = ("weight", "fit", "held out", "strength")
+    concepts = show.table("concept", "called by", *numbers, numbers=numbers)
+    strengths = result.cross_talk.after.diagonal().tolist() if result.cross_talk else [math.nan] * len(result.inputs)
+    for entry, strength in zip(result.inputs, strengths, strict=True):
         name = str(entry["name"])
         residuals = (_mean(result.layers, kind, name) for kind in ("fit", "held_out"))
-        concepts.add_row(name, Text(str(entry["call"] or "not stated")), f"{entry['weight']:g}", *residuals)
+        share = "-" if math.isnan(strength) else f"{strength:.2f}"
+        concepts.add_row(name, Text(str(entry["call"] or "not stated")), f"{entry['weight']:g}", *residuals, share)
     show.out.print(stages, "", concepts, "")
     if any(layer.residuals for layer in result.layers):
         show.out.print("fit, held out: mean residual; 0 is the adapter's own behaviour, 1 the base's", style="dim", markup=False)
+        show.out.print("strength: what is left of each adapter; how loud others are on it is in the receipt", style="dim", markup=False)
     advised = [layer for layer in result.layers if layer.advice]
     for layer in advised[:3]:
         show.out.print(f"{layer.layer}: {layer.advice}", style="yellow", markup=False)

@@ -36,13 +36,13 @@ def pair(text: str, what: str) -> tuple[str, str]:
     return name.strip(), value.strip()
 
 
-def settings(texts: Sequence[str], types: Mapping[str, Any]) -> dict[str, object]:
+def settings(texts: Sequence[str], types: Mapping[str, Any], *, what: str = "--set") -> dict[str, object]:
     """`--set NAME=VALUE` words, given the types of a method's parameters; whether they suit the method is for the method to say."""
     found: dict[str, object] = {}
     for text in texts:
-        name, value = pair(text, "--set")
+        name, value = pair(text, what)
         if name in found:
-            raise UsageError(f"--set {name} is given twice; keep one")
+            raise UsageError(f"{what} {name} is given twice; keep one")
         found[name] = tuple(_value(part) for part in value.split(",")) if get_origin(types.get(name)) is tuple else _value(value)
     return found
 

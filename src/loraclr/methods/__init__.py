@@ -6,6 +6,7 @@ from typing import Any
 
 from loraclr.errors import UsageError
 from loraclr.methods.average import Average
+from loraclr.methods.crosstalk import CrossTalk, cross_talk
 from loraclr.methods.custom_diffusion import CustomDiffusion
 from loraclr.methods.dare_linear import DareLinear
 from loraclr.methods.dare_ties import DareTies
@@ -27,7 +28,6 @@ from loraclr.methods.problem import (
     LayerSolution,
     Method,
     ModelProblem,
-    cross_talk,
     residuals,
 )
 from loraclr.methods.regmean import Regmean
@@ -49,6 +49,7 @@ __all__ = [
     "METHODS",
     "NEEDS",
     "AdapterMethod",
+    "CrossTalk",
     "LayerMethod",
     "LayerProblem",
     "LayerSolution",

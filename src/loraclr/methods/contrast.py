@@ -6,14 +6,17 @@ released code takes the minimum over the other index). A delta is Q V with ortho
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from loraclr import linalg
-from loraclr.methods.problem import LayerProblem
+from loraclr.methods.problem import Distances, LayerProblem
 from loraclr.methods.quadratic import Quadratic
+
+PORTION = 512  # rows of each concept that are compared at a time
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,13 +64,45 @@ class Contrast:
 
     def active(self, found: Tensor) -> list[tuple[int, int, float]]:
         """Target, prediction and shortfall of every anchor whose nearest negative is inside the margin."""
-        short, other = (self.margins - found).max(1 if self.anchor == "target" else 0)
-        anchors = torch.nonzero(short > 0).flatten().tolist()
-        pairs = [(a, int(other[a])) if self.anchor == "target" else (int(other[a]), a) for a in anchors]
-        return [(i, j, float(self.margins[i, j] - found[i, j])) for i, j in pairs]
+        return active(self.margins, found, self.anchor)
 
     def _table(self, predictions: Tensor) -> Tensor:
         return (self.unit * _distances(self.targets, predictions)).fill_diagonal_(torch.inf)
+
+
+def active(margins: Tensor, found: Tensor, anchor: str) -> list[tuple[int, int, float]]:
+    """Of (N, N) margins and distances, as `Contrast.active` says."""
+    short, other = (margins - found).max(1 if anchor == "target" else 0)
+    anchors = torch.nonzero(short > 0).flatten().tolist()
+    pairs = [(a, int(other[a])) if anchor == "target" else (int(other[a]), a) for a in anchors]
+    return [(i, j, float(margins[i, j] - found[i, j])) for i, j in pairs]
+
+
+class Tally:
+    """Sums the squared distances of all pairs over paired rows that come in portions and are not kept."""
+
+    def __init__(self, problem: LayerProblem, space: str, changes: Sequence[tuple[Tensor, Tensor]]) -> None:
+        """For merged changes as up (out, k) and down (k, in); `space` is as in `Contrast.of`."""
+        self._factors, self._changes = problem.factors, tuple(changes)
+        self._weight = problem.weight() if space == "output" else None
+        number = len(problem.concepts)
+        self._natural = torch.zeros(number, number, dtype=torch.float64)
+        self._found = torch.zeros(len(self._changes), number, number, dtype=torch.float64)
+        self._rows = 0
+
+    def add(self, rows: Tensor) -> None:
+        """(concepts, rows, in), row k of all concepts from the same place."""
+        for x in torch.split(rows.double(), PORTION, 1):
+            targets = torch.stack([(part @ down.T) @ up.T for part, (up, down) in zip(x, self._factors, strict=True)])
+            base = torch.zeros_like(targets) if self._weight is None else x @ self._weight.T
+            self._natural += _distances(base + targets, base + targets).square()
+            predictions = [base + (x @ down.T) @ up.T for up, down in self._changes]
+            self._found += torch.stack([_distances(base + targets, predicted).square() for predicted in predictions])
+        self._rows += rows.shape[1]
+
+    def distances(self) -> tuple[Distances, ...]:
+        """One for each change."""
+        return tuple(Distances(found.sqrt().fill_diagonal_(torch.inf), self._natural.sqrt(), self._rows) for found in self._found)
 
 
 def _distances(a: Tensor, b: Tensor) -> Tensor:

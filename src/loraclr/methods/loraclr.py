@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from types import MappingProxyType
 from typing import Annotated, ClassVar, Literal
 
+import torch
 from torch import Tensor
 
-from loraclr.methods.contrast import Contrast, refine
+from loraclr.methods.contrast import Contrast, active, refine
 from loraclr.methods.options import Checked, Option
-from loraclr.methods.problem import LayerProblem, LayerSolution
+from loraclr.methods.problem import Claim, Distances, LayerProblem, LayerSolution
 from loraclr.methods.quadratic import Quadratic
 
 FEW = 16  # paired rows that the certificate is tried on first
@@ -55,6 +57,9 @@ class Loraclr(Checked):
     ] = "target"
     space: Annotated[Literal["output", "delta"], Option("compare outputs X (W + D)^T, or only what the adapters add, X D^T")] = "output"
     iterations: Annotated[int, Option("most L-BFGS steps in a layer with an active hinge", 1)] = 100
+    certificate: Annotated[
+        Literal["bound", "exact"], Option("judge the hinge on the paired rows that were kept, or on all rows in a second pass")
+    ] = "bound"
 
     name: ClassVar[str] = "loraclr"
     summary: ClassVar[str] = "the LoRACLR objective at its optimum, in closed form, with a certificate"
@@ -70,7 +75,10 @@ class Loraclr(Checked):
     @property
     def needs(self) -> frozenset[str]:
         hinge = {"sample", "base"} if self.space == "output" else {"sample"}
-        return frozenset({"statistics"} | ({"preserve"} if self.preservation > 0 else set()) | (hinge if self.margin > 0 else set()))
+        exact = {"lockstep"} if self.certificate == "exact" else set()
+        return frozenset(
+            {"statistics"} | ({"preserve"} if self.preservation > 0 else set()) | (hinge | exact if self.margin > 0 else set())
+        )
 
     def solve(self, problem: LayerProblem) -> LayerSolution:
         number = len(problem.concepts)
@@ -86,38 +94,80 @@ class Loraclr(Checked):
         if self.choose == "held_out":
             quadratic = _best(quadratic, Quadratic.held_out(problem))
         v, extra = quadratic.penalised(number * self.penalty / 2) if self.penalty > 0 else (quadratic.minimiser(), 0.0)
-        value, hinge = quadratic.least(v, extra) / number, 0.0
+        convex = Outcome(v, quadratic.least(v, extra) / number)
+        answer = partial(self._answer, problem, quadratic, extra, convex)
+        if self.margin == 0 or number == 1:
+            return answer(convex, "optimal", "global optimum of J on all collected rows: convex, no hinge")
+        certificate, found, contrast = self._certify(problem, quadratic.up, v)
+        if certificate:
+            chosen, status = replace(convex, found=found), "optimal"
+        else:
+            v, left = refine(quadratic, contrast, v, penalty=self.penalty, iterations=self.iterations)
+            hinge, _, found = contrast.value_and_gradient(quadratic.up, v)
+            chosen = Outcome(v, quadratic.value_and_gradient(v)[0] / number, hinge, found, len(contrast.active(found)))
+            status = "refined"
+            certificate = f"none: the hinge is active; L-BFGS in the adapters' span stopped with {left:.1e} of the gradient left"
+        solution = answer(chosen, status, certificate)
+        if self.certificate == "bound":
+            return solution
+        outcomes = (convex,) if chosen.v is convex.v else (convex, chosen)
+
+        def settle(tables: tuple[Distances, ...]) -> LayerSolution:
+            return answer(*self._settled(problem, outcomes, tables))
+
+        return replace(solution, claim=Claim(self.space, tuple((quadratic.up, one.v) for one in outcomes), settle))
+
+    def _answer(
+        self, problem: LayerProblem, quadratic: Quadratic, extra: float, convex: Outcome, chosen: Outcome, status: str, certificate: str
+    ) -> LayerSolution:
+        number = len(problem.concepts)
+        size, largest = float(chosen.v.norm()), max(_norm(up, down) for up, down in problem.factors)
         notes: dict[str, float | str | bool] = {
             "rows": sum(moments.count for moments in problem.moments()),
             "in_features": problem.width,
             "mu": quadratic.mu + extra,
         }
-        status, advice, certificate = "optimal", "", "global optimum of J on all collected rows: convex, no hinge"
-        if self.margin > 0 and number > 1:
-            certificate, found, contrast = self._certify(problem, quadratic.up, v)
-            if not certificate:
-                v, left = refine(quadratic, contrast, v, penalty=self.penalty, iterations=self.iterations)
-                status = "refined"
-                certificate = f"none: the hinge is active; L-BFGS in the adapters' span stopped with {left:.1e} of the gradient left"
-                value = quadratic.value_and_gradient(v)[0] / number
-                hinge, _, found = contrast.value_and_gradient(quadratic.up, v)
+        if chosen.found is not None:
+            target, prediction = divmod(int(chosen.found.argmin()), number)
             notes |= {
-                "hinge": hinge,
-                "hinge_active": len(contrast.active(found)) if status == "refined" else 0,
-                "closest_negative": float(found.min()),
+                "hinge": chosen.hinge,
+                "hinge_active": chosen.active,
+                "closest_negative": float(chosen.found.min()),
+                "closest_pair": f"{problem.concepts[target]}, prediction of {problem.concepts[prediction]}",
             }
-        size, largest = float(v.norm()), max(_norm(up, down) for up, down in problem.factors)
-        notes |= {"objective": value + hinge + self.penalty * size, "growth": size / largest if largest > 0 else 0.0}
+        objective = chosen.value + chosen.hinge + self.penalty * size
+        notes |= {"objective": objective, "growth": size / largest if largest > 0 else 0.0}
+        if chosen.active or chosen.v is not convex.v:  # the hinge is never negative: no J is below the least of the rest
+            notes["gap"] = max(objective - convex.value - self.penalty * float(convex.v.norm()), 0.0)
         notes["certificate"] = f"{certificate}; J({self._objective(quadratic)})"
+        advice = ""
         if size > OVERGROWN * largest and not self.preservation:  # with it, what ordinary prompts use is guarded
             advice = f"the delta is {size / largest:.1f} times the largest adapter's: it fits noise; raise `ridge` or `preservation`"
         if self.penalty > 0:
             pull = 2 / number * float(quadratic.right.norm()) / self.penalty
             notes["data_gradient_over_lambda"] = pull
-            if not v.any():
+            if not chosen.v.any():
                 status, advice = "zero", f"the penalty outweighs the data, whose gradient is {pull:.2g} of lambda; lower `penalty`"
-        solution = LayerSolution.of_factors(quadratic.up, v, status=status, advice=advice, **notes)
+        solution = LayerSolution.of_factors(quadratic.up, chosen.v, status=status, advice=advice, **notes)
         return replace(solution, metric=quadratic.with_mu(quadratic.mu + extra).metric)
+
+    def _settled(self, problem: LayerProblem, outcomes: tuple[Outcome, ...], tables: tuple[Distances, ...]) -> tuple[Outcome, str, str]:
+        """The first outcome, the convex minimiser, where its hinge is inactive on all rows; else the one of least J."""
+        number, rows = len(problem.concepts), tables[0].rows
+        unit = rows**-0.5 if self.distance == "rms" else 1.0
+        judged = []
+        for outcome, table in zip(outcomes, tables, strict=True):
+            margins = torch.full_like(table.found, self.margin) if self.margin_mode == "absolute" else self.margin * unit * table.natural
+            short = active(margins, unit * table.found, self.anchor)
+            judged.append(replace(outcome, hinge=sum(s * s for _, _, s in short) / number, found=unit * table.found, active=len(short)))
+        if not judged[0].active:
+            closest = float(judged[0].found.min()) if judged[0].found is not None else 0.0
+            return judged[0], "optimal", f"global optimum of J on all {rows} paired rows: closest negative = {closest:.4g}"
+        best = min(judged, key=lambda one: one.value + one.hinge + self.penalty * float(one.v.norm()))
+        said = (
+            f"none: the hinge is active on all {rows} paired rows for {best.active} of {number} concepts; J is within `gap` of its optimum"
+        )
+        return best, "refined" if best is not judged[0] else "unrefined", said
 
     def _certify(self, problem: LayerProblem, up: Tensor, v: Tensor) -> tuple[str, Tensor, Contrast]:
         """The certificate of the convex minimiser Q V, empty where the hinge is active; the distances it rests on, and their contrast.
@@ -154,6 +204,17 @@ class Loraclr(Checked):
             f"lambda={self.penalty:g}, mu={quadratic.mu:.3g}, prior={self.prior}, preservation={self.preservation:g}, "
             f"normalise={self.normalise}, balance={self.balance}, {hinge if self.margin > 0 else 'margin=0'}"
         )
+
+
+@dataclass(frozen=True, eq=False)
+class Outcome:
+    """A candidate D = Q V: the convex part of J there without the penalty, the hinge, and the distances that it rests on."""
+
+    v: Tensor  # (k, in)
+    value: float
+    hinge: float = 0.0
+    found: Tensor | None = None  # (concepts, concepts)
+    active: int = 0  # anchors whose hinge is
 
 
 def _best(quadratic: Quadratic, judge: Quadratic) -> Quadratic:

@@ -93,12 +93,31 @@ class LayerProblem:
 
 
 @dataclass(frozen=True, eq=False)
+class Distances:
+    """Exact distances of all pairs of concepts under one merged change: Frobenius norms over `rows` paired rows, float64."""
+
+    found: Tensor  # (N, N): ||Y_i - Yhat_j||, target i and prediction j; infinite on the diagonal
+    natural: Tensor  # (N, N): ||Y_i - Y_j||
+    rows: int
+
+
+@dataclass(frozen=True, eq=False)
+class Claim:
+    """What a second pass over all rows can settle: the distances in `space` of each of `changes` (up, down), and what follows."""
+
+    space: str  # "output" or "delta"
+    changes: tuple[tuple[Tensor, Tensor], ...]
+    settle: Callable[[tuple[Distances, ...]], LayerSolution]
+
+
+@dataclass(frozen=True, eq=False)
 class LayerSolution:
     """Either `up` (out, rank) and `down` (rank, in), exact, or a dense `change` (out, in). Flattened; float64 or float32.
 
     `status` is one word ("optimal", "refined", "regularised", ...), `advice` a sentence when something deserves attention,
     `diagnostics` plain numbers for the receipt. `metric` makes the curvature (in, in) of the method's own objective, in which a cut to
-    a smaller rank is then least; without it a cut is made in the mean Gram of the collected rows.
+    a smaller rank is then least; without it a cut is made in the mean Gram of the collected rows. A `claim` is what exact distances
+    over all rows can settle.
     """
 
     up: Tensor | None = None
@@ -108,6 +127,7 @@ class LayerSolution:
     advice: str = ""
     diagnostics: Mapping[str, float | str | bool] = field(default_factory=dict)
     metric: Callable[[], Tensor] | None = None
+    claim: Claim | None = None
 
     def delta(self) -> Tensor:
         """(out, in)."""
@@ -145,6 +165,7 @@ NEEDS: Mapping[str, str] = MappingProxyType(
         "short": "the released code's few unpadded prompts",
         "preserve": "statistics of concept-free prompts",
         "predictions": "the model's noise predictions under each adapter",
+        "lockstep": "exact distances between all concepts, from a second pass that runs them side by side",
         "score": "a score of yours, if you have one",
         "generator": "a seed",
     }
@@ -200,17 +221,3 @@ def residuals(problem: LayerProblem, delta: Tensor) -> dict[str, float]:
             if concept in moments and (energy := moments[concept].energy(target)) > 0:
                 found[f"{kind}/{concept}"] = (max(moments[concept].energy(delta.double() - target), 0.0) / energy) ** 0.5
     return found
-
-
-def cross_talk(problem: LayerProblem, delta: Tensor) -> Tensor:
-    """(concepts, concepts): row i are the joint least-squares coefficients of X_i D^T on all X_i D_k^T.
-
-    The diagonal is each concept's strength, the rest is what it brings of the others; projecting pair by pair would invent cross-talk.
-    """
-    targets = torch.stack(problem.deltas())
-    rows = []
-    for moments in problem.moments():
-        seen = targets @ moments.gram()
-        inner = torch.einsum("koi,loi->kl", seen, targets)
-        rows.append(torch.linalg.pinv(inner, hermitian=True) @ torch.einsum("koi,oi->k", seen, delta.double()))
-    return torch.stack(rows)

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import base64
 import html
-import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from string import Template
 
-from PIL.Image import Image, Resampling
+from PIL.Image import Image
 
 from loraclr import disk
 from loraclr.evaluate import interval
 from loraclr.merge import MergeResult
+from loraclr.page import STYLE, img
 from loraclr.toybox.score import Scores
 
 
@@ -58,6 +57,7 @@ def write_report(report: Report, path: Path) -> Path:
     disk.write(
         path,
         page.substitute(
+            style=STYLE,
             count=len(report.names),
             file=report.merged_file.name,
             megabytes=f"{report.merged_file.stat().st_size / 1e6:.1f}",
@@ -81,9 +81,7 @@ def write_report(report: Report, path: Path) -> Path:
 
 
 def _img(image: Image, zoom: int) -> str:
-    buffer = io.BytesIO()
-    image.resize((image.width * zoom, image.height * zoom), Resampling.BICUBIC).save(buffer, "WEBP", quality=86)
-    return f'<img alt="" src="data:image/webp;base64,{base64.b64encode(buffer.getvalue()).decode()}">'
+    return img(image, image.width * zoom)
 
 
 def _cell(images: Sequence[Image]) -> str:

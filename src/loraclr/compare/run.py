@@ -1,0 +1,147 @@
+"""The comparison itself: every method on the same adapters, one after the other; what fails is said and the rest goes on."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+
+from loraclr.adapter import Adapter
+from loraclr.collect import Collection, Concept
+from loraclr.compare.comparison import Comparison, Entry
+from loraclr.compare.measures import measure
+from loraclr.errors import MergeError, UsageError
+from loraclr.formats import load_adapter
+from loraclr.merge import merge
+from loraclr.methods import Method, make_method, method_names
+from loraclr.pipeline import Pipeline
+
+
+def every_method() -> dict[str, Method]:
+    """All methods and presets by name, but for presets that are the method's defaults."""
+    found: dict[str, Method] = {}
+    for name in method_names():
+        made = make_method(name)
+        if made not in found.values():
+            found[name] = made
+    return found
+
+
+def compare(
+    adapters: Sequence[Adapter | str | Path],
+    *,
+    base: Pipeline | None = None,
+    methods: Mapping[str, Method] | None = None,
+    weights: Sequence[float] | None = None,
+    calls: Mapping[str, str] | None = None,
+    rank: int | None = None,
+    seed: int = 0,
+    collection: Collection | None = None,
+    keep: str | Path | None = None,
+    progress: Callable[[str, float], None] | None = None,
+) -> Comparison:
+    """Merge the adapters (or their files) with every one of `methods`, by label; all of `every_method` without.
+
+    Every method collects for itself what it learns from, as in `merge`. Residuals, strength and cross-talk are measured afterwards, for all
+    methods on the same features: those of each concept's own adapter, on the prompts of `collection`. A method that these inputs do not
+    suit, or that fails, is an entry that says why. `keep` is a folder that the merged files are written to, by label. Raises UsageError,
+    and MergeError if no method could merge.
+    """
+    if methods is not None and not methods:
+        raise UsageError("no methods to compare; name at least one, or leave them out for all")
+    chosen = every_method() if methods is None else dict(methods)
+    loaded = [adapter if isinstance(adapter, Adapter) else load_adapter(adapter, base=base) for adapter in adapters]
+    silent = [one.name for one in loaded if base is not None and not ((calls or {}).get(one.name) or one.call)]
+    if silent:
+        raise MergeError(f"{', '.join(silent)}: no trigger words; give them with --trigger NAME=WORDS")
+    entries = []
+    for index, (label, method) in enumerate(chosen.items()):
+
+        def tell(what: str, share: float, label: str = label, index: int = index) -> None:
+            if progress:
+                progress(f"merging: {label}, {what}", index / len(chosen))
+
+        tell("starting", 0.0)
+        began = time.perf_counter()
+        try:
+            with PeakMemory() as peak:
+                result = merge(
+                    adapters,
+                    base=base,
+                    method=method,
+                    weights=weights,
+                    calls=calls,
+                    rank=rank,
+                    seed=seed,
+                    collection=collection,
+                    progress=tell,
+                )
+            seconds = time.perf_counter() - began
+            with tempfile.TemporaryDirectory() as scratch:
+                folder = Path(scratch if keep is None else keep)
+                folder.mkdir(parents=True, exist_ok=True)
+                size = result.save(folder / f"{file_name(label)}.safetensors").stat().st_size
+            entries.append(Entry(label, "", result, size, seconds, peak.megabytes))
+        except Exception as error:  # also of the libraries below: the other methods' results must not be lost
+            entries.append(Entry(label, " ".join(str(error).split()) or type(error).__name__))
+    if progress:
+        progress("merging", 1.0)
+    done = [entry for entry in entries if entry.result is not None]
+    if not done:
+        reasons = {entry.why: entry.label for entry in reversed(entries)}  # of those that are the same, the first method's
+        raise MergeError(f"no method could merge: {'; '.join(f'{label}: {why}' for why, label in reversed(reasons.items()))}")
+    first = done[0].result
+    assert first is not None
+    settings = {
+        "base": first.base,
+        "seed": seed,
+        "rank": rank,
+        "inputs": first.inputs,
+        "versions": first.versions,
+        "collection": asdict(collection or Collection()) if base is not None else None,
+    }
+    if base is None:
+        return Comparison(tuple(entries), settings)
+    concepts = [Concept(adapter, str(entry["call"]), float(entry["weight"])) for adapter, entry in zip(loaded, first.inputs, strict=True)]
+    if not any(len(adapter) for adapter in loaded):
+        return Comparison(tuple(entries), settings)
+    merges = {entry.label: entry.result.adapter for entry in done if entry.result is not None}
+    usual = replace(collection or Collection(), seed=seed)
+    found = measure(base, concepts, merges, settings=usual, progress=progress)
+    return Comparison(tuple(replace(entry, measure=found.get(entry.label)) for entry in entries), settings)
+
+
+def file_name(label: str) -> str:
+    """A label as the name of a file or folder."""
+    return label.replace(":", "-").replace("/", "-")
+
+
+class PeakMemory:
+    """The process's peak resident memory above what it had on entry, in `megabytes`; NaN where there is no /proc."""
+
+    megabytes = float("nan")
+
+    def __enter__(self) -> PeakMemory:
+        self._start = self._peak = self._now()
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._done.set()
+        self._thread.join()
+        self.megabytes = (self._peak - self._start) / 1e6
+
+    def _watch(self) -> None:
+        while not self._done.wait(0.01):
+            self._peak = max(self._peak, self._now())
+
+    @staticmethod
+    def _now() -> float:
+        path = Path("/proc/self/statm")
+        return int(path.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") if path.exists() else float("nan")

@@ -1,0 +1,113 @@
+"""All concepts side by side through the prompts that were collected: every layer compares what they see there and then, and keeps no rows.
+
+Distances between concepts need the rows of all of them at once, which statistics of one concept after the other do not hold. Texts are
+short and go prompt by prompt through `collect`. The UNet runs one batch of all concepts, each picture with its own adapter's changes,
+from the same seed; the N x N sums are exact up to float32 features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from loraclr.adapter import Layer, LoraLayer
+from loraclr.collect import ALL_ROWS, LATENTS, Collection, Concept, collect, stage_of
+from loraclr.methods.contrast import Tally
+from loraclr.methods.problem import LayerProblem, LayerSolution
+from loraclr.pipeline import Pipeline
+
+
+def settled(
+    pipeline: Pipeline,
+    concepts: Sequence[Concept],
+    solved: Sequence[tuple[LayerProblem, LayerSolution]],
+    *,
+    settings: Collection,
+    merged: Mapping[str, Layer],
+) -> list[tuple[LayerProblem, LayerSolution]]:
+    """One stage's layers, solved, with their claims settled by exact distances over all paired rows of the fit prompts.
+
+    `settings` and the `merged` layers of earlier stages are those of the collection. Texts of different length are paired from their
+    ends, as far as the shortest. A solution without a claim stays as it is.
+    """
+    claims = {problem.layer: (problem, solution.claim) for problem, solution in solved if solution.claim is not None}
+    tallies = {name: Tally(problem, claim.space, claim.changes) for name, (problem, claim) in claims.items()}
+    if tallies:
+        run = _spatial if stage_of(pipeline, list(tallies)) == "spatial" else _texts
+        with torch.inference_mode():
+            run(pipeline, concepts, tallies, settings, merged)
+    return [
+        (problem, solution if solution.claim is None else solution.claim.settle(tallies[problem.layer].distances()))
+        for problem, solution in solved
+    ]
+
+
+def _texts(
+    pipeline: Pipeline, concepts: Sequence[Concept], tallies: Mapping[str, Tally], settings: Collection, merged: Mapping[str, Layer]
+) -> None:
+    for template in settings.fit:
+        one = replace(settings, fit=(template,), held_out=(), preserve=(), sample=ALL_ROWS)
+        statistics = collect(pipeline, concepts, list(tallies), settings=one, merged=merged)
+        for name, tally in tallies.items():
+            tally.add(torch.stack([statistics[name].sample[concept.name] for concept in concepts]))
+
+
+def _spatial(
+    pipeline: Pipeline, concepts: Sequence[Concept], tallies: Mapping[str, Tally], settings: Collection, merged: Mapping[str, Layer]
+) -> None:
+    tokens = {token: rows for concept in concepts for token, rows in concept.adapter.tokens.items()}
+
+    def add(name: str, rows: Tensor) -> None:
+        tallies[name].add(rows.view(len(concepts), -1, rows.shape[1]))
+
+    with ExitStack() as stack:
+        stack.enter_context(pipeline.applied(dict(merged)))
+        stack.enter_context(pipeline.with_tokens(tokens))
+        stack.enter_context(side_by_side(pipeline, concepts, list(tallies)))
+        stack.enter_context(pipeline.captured(list(tallies), add))
+        for index, template in enumerate(settings.fit[: settings.spatial]):
+            states = pipeline.encode([template.replace("{}", concept.call) for concept in concepts])
+            seed = settings.seed + LATENTS["fit"] + index
+            pipeline.denoise(states, seeds=[seed] * len(concepts), steps=settings.steps)
+
+
+@contextmanager
+def side_by_side(pipeline: Pipeline, concepts: Sequence[Concept], names: Sequence[str]) -> Iterator[None]:
+    """Inside, picture k of every batch of len(concepts) passes the layers `names` with concept k's change, times its weight, added."""
+
+    def hook(name: str, module: nn.Module) -> Any:
+        own = [(concept.adapter.layers.get(name), concept.weight) for concept in concepts]
+
+        def add(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
+            parts = zip(own, inputs[0].chunk(len(concepts)), output.chunk(len(concepts)), strict=True)
+            return torch.cat([out if layer is None else out + weight * _through(layer, module, x) for (layer, weight), x, out in parts])
+
+        return module.register_forward_hook(add)
+
+    with ExitStack() as handles:
+        for name in names:
+            handles.callback(hook(name, pipeline.modules[name]).remove)
+        yield
+
+
+def _through(layer: Layer, module: nn.Module, x: Tensor) -> Tensor:
+    """What the change of one layer adds to the module's output on its input x."""
+    assert isinstance(module.weight, Tensor)
+    kernel = module.weight.shape[1:]
+    if not isinstance(layer, LoraLayer):
+        return _apply(module, layer.delta(x.dtype).to(x.device).view(-1, *kernel), x)
+    inner = _apply(module, layer.down.to(x).view(-1, *kernel), x)
+    up = layer.up.to(x).flatten(1) * layer.scale
+    return functional.conv2d(inner, up[:, :, None, None]) if isinstance(module, nn.Conv2d) else functional.linear(inner, up)
+
+
+def _apply(module: nn.Module, weight: Tensor, x: Tensor) -> Tensor:
+    if isinstance(module, nn.Conv2d):
+        return functional.conv2d(x, weight, None, module.stride, module.padding, module.dilation)
+    return functional.linear(x, weight)

@@ -1,0 +1,260 @@
+"""Many methods on the same adapters: measured on whose features, failures that stay their own, the page and the command."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import ClassVar
+
+import pytest
+import torch
+from concepts import KEYS, SMALL, SPATIAL, TEXT, fingerprint, three
+from PIL import Image
+
+from loraclr.adapter import Adapter, DenseLayer
+from loraclr.cli import compare as command
+from loraclr.cli import main
+from loraclr.collect import Concept, collect
+from loraclr.compare import compare, every_method, measure
+from loraclr.compare.page import write_page
+from loraclr.compare.pictures import draw, judge, judge_by_toybox
+from loraclr.errors import MergeError, UsageError
+from loraclr.evaluate import Subject, Variant
+from loraclr.formats import load_adapter, save_adapter
+from loraclr.merge import merge
+from loraclr.methods import make_method, method_names
+from loraclr.methods.problem import LayerProblem, residuals
+from loraclr.pipeline import Pipeline
+from loraclr.toybox import open_toybox
+from loraclr.toybox.judge import agreement
+from loraclr.toybox.score import SCORE_TEMPLATES
+
+CALLS = ("ada woman", "<ben> man", "cai man")
+
+
+@pytest.fixture(scope="module")
+def shared(_tiny_original) -> Pipeline:
+    return Pipeline(_tiny_original)
+
+
+@pytest.fixture
+def adapters(shared) -> list[Adapter]:
+    return three(shared)
+
+
+# The yardstick --------------------------------------------------------------------------------------------------------------------------
+
+
+def test_residuals_are_those_on_each_concepts_own_features(shared, adapters):
+    """Redone by hand: every stage behind the concept's own adapter, at its weight."""
+    concepts = [Concept(adapter, call, weight) for adapter, call, weight in zip(adapters, CALLS, (1.0, 0.5, 1.0), strict=True)]
+    merged = merge(adapters, method="sum", parameters={"scale": 0.3}).adapter
+    before = fingerprint(shared)
+    found = measure(shared, concepts, {"sum": merged}, settings=SMALL)["sum"]
+    assert fingerprint(shared) == before
+    ben = concepts[1]
+    half = {name: DenseLayer(name, 0.5 * layer.delta()) for name, layer in ben.adapter.layers.items()}
+    for names, earlier in ((KEYS, TEXT), (SPATIAL, TEXT + KEYS)):
+        applied = {name: half[name] for name in earlier if name in half}
+        stats = collect(shared, [ben], list(names), settings=SMALL, merged=applied)
+        for name in names:
+            problem = LayerProblem(name, ben.adapter.layers[name].shape, ("ben",), (ben.adapter.layers[name],), (0.5,), None, stats[name])
+            expected = residuals(problem, merged.layers[name].delta(torch.float64).flatten(1))
+            assert found.fit[name]["ben"] == pytest.approx(expected["fit/ben"], rel=1e-4)
+            assert found.held_out[name]["ben"] == pytest.approx(expected["held_out/ben"], rel=1e-4)
+    assert set(found.fit[TEXT[0]]) == {"ada"}
+    assert found.residual("fit", concept="cai") == pytest.approx(sum(found.fit[name]["cai"] for name in KEYS) / 3)
+
+
+def test_an_adapter_is_no_way_from_itself_and_the_base_is_at_one(shared, adapters):
+    concepts = [Concept(adapter, call) for adapter, call in zip(adapters, CALLS, strict=True)]
+    nothing = {name: DenseLayer(name, torch.zeros(shared.base_weight(name).shape)) for name in adapters[0].layers}
+    found = measure(shared, concepts, {"ada": adapters[0], "base": Adapter(nothing, name="base")}, settings=SMALL)
+    assert found["ada"].residual(concept="ada") < 1e-6 and found["base"].residual() == pytest.approx(1)
+    assert torch.allclose(found["ada"].cross_talk.after[0], torch.tensor([1.0, 0, 0], dtype=torch.float64), atol=1e-6)
+    assert not found["base"].cross_talk.after.any()
+    assert found["ada"].cross_talk.before.isfinite().all()
+
+
+def test_sums_and_means_have_the_strength_they_say(shared, adapters):
+    found = compare(adapters, base=shared, methods={name: make_method(name) for name in ("sum", "average")}, collection=SMALL)
+    for entry, share in zip(found.entries, (1, 1 / 3), strict=True):
+        assert entry.measure.cross_talk.summary()["strength"] == pytest.approx(share, abs=1e-4)
+        assert entry.measure.cross_talk.summary()["after"] == pytest.approx(share * found.before, rel=1e-3)
+    assert all(entry.seconds > 0 and entry.size > 1000 and entry.ranks[1] <= 6 for entry in found.entries)
+
+
+def test_every_method_is_there_once():
+    found = every_method()
+    assert set(found) == set(method_names()) - {"loraclr-reference:paper"}
+    assert len(set(found.values())) == len(found)
+
+
+# What fails -----------------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Broken:
+    name: ClassVar[str] = "broken"
+    summary: ClassVar[str] = "breaks"
+    reference: ClassVar[str] = "none"
+    needs: ClassVar[frozenset[str]] = frozenset()
+    presets: ClassVar[Mapping[str, Mapping[str, object]]] = {}
+
+    def solve(self, problem):
+        raise RuntimeError("the library below\nbroke")
+
+
+def test_one_failing_method_leaves_the_others_alone(shared, adapters, tmp_path):
+    chosen = {"broken": Broken(), "loraclr": make_method("loraclr"), "average": make_method("average"), "linear": make_method("linear")}
+    found = compare(adapters, methods=chosen, keep=tmp_path / "kept")
+    assert found.entries[0].why == "the library below broke"
+    assert "needs the base" in found.entries[1].why and "of one rank" in found.entries[3].why
+    assert [entry.label for entry in found.merged] == ["average"] and found.entries[2].measure is None
+    kept = load_adapter(tmp_path / "kept" / "average.safetensors")
+    assert set(kept.layers) == set(found.merged[0].result.adapter.layers)
+    said = json.loads(json.dumps(found.report(), allow_nan=False))
+    assert [row.get("why", "") for row in said["methods"]] == [entry.why for entry in found.entries]
+    with pytest.raises(MergeError, match="no method could merge: broken: the library below broke; linear: "):
+        compare(adapters, methods={"broken": Broken(), "linear": make_method("linear")})
+
+
+def test_what_would_fail_for_all_is_said_at_once(shared, adapters):
+    with pytest.raises(MergeError, match=r"cai: no trigger words.*--trigger"):
+        compare([*adapters[:2], adapters[2].with_(triggers=())], base=shared, methods={"average": make_method("average")})
+    with pytest.raises(UsageError, match="no methods"):
+        compare(adapters, methods={})
+
+
+# The page and the command ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def found(shared):
+    methods = {"average": make_method("average"), "sum:scale=0.3": make_method("sum", scale=0.3), "linear": make_method("linear")}
+    return compare(three(shared), base=shared, methods=methods, collection=SMALL)
+
+
+def test_the_page_is_one_file_with_a_map_for_every_method(found, tmp_path):
+    loud = replace(found, settings={**found.settings, "base": "<b>&"})
+    text = write_page(loud, tmp_path / "page.html").read_text()
+    assert text.count("<svg") == 3 and text.count("<rect") == 3 * 9, "the adapters themselves, average, sum"
+    assert "ada: strength 0.33" in text and "ada: strength 0.30" in text and "on ada, ben is heard at" in text
+    assert "<b>linear</b>: " in text and "&lt;b&gt;&amp;" in text and "<b>&" not in text
+    assert not re.search(r"https?://|src=\"(?!data:)|@import|<script|<link", text)
+    assert re.search(r"<td>sum:scale=0.3</td><td>(<b>)?0\.\d\d", text)
+    assert list(tmp_path.iterdir()) == [tmp_path / "page.html"]
+
+
+def test_a_page_without_a_base_has_no_measures(adapters, tmp_path):
+    bare = compare(adapters, methods={"average": make_method("average")})
+    text = write_page(bare, tmp_path / "page.html").read_text()
+    assert "<svg" not in text and "residual" not in text and "merged from the files alone" in text
+
+
+def test_pictures_are_at_equal_seeds_and_on_the_page(shared, adapters, found, tmp_path):
+    before = fingerprint(shared)
+    own = {adapter.name: Variant(adapter) for adapter in adapters[:2]}
+    two = replace(found, settings={**found.settings, "inputs": found.settings["inputs"][:2]})
+    drawn = draw(shared, two, own, tmp_path, prompts=["a {} at night"], seeds=(0, 1), steps=1, guidance=1.0)
+    assert fingerprint(shared) == before
+    assert [row.label for row in drawn.pictures.rows] == ["alone", "average", "sum-scale=0.3"]
+    for row in drawn.pictures.rows:
+        assert (
+            row.seeds == (0, 1, 0, 1)
+            and row.concepts == ("ada", "ada", "ben", "ben")
+            and all((tmp_path / file).exists() for file in row.files)
+        )
+    alone, average = (tmp_path / "pictures" / label / "ada" / "01-1.png" for label in ("alone", "average"))
+    assert alone.read_bytes() != average.read_bytes()
+    assert write_page(drawn, tmp_path / "page.html").read_text().count("data:image/webp") == 6
+
+
+def test_pictures_are_judged_with_controls_or_by_the_toybox(shared, adapters, found, tmp_path):
+    own = {adapter.name: Variant(adapter) for adapter in adapters}
+    colours = [Image.new("RGB", (16, 16), (k, 90, 200 - k)) for k in (10, 60, 160)]
+    subjects = [Subject(name, call, "man", colours) for name, call in zip(own, CALLS, strict=True)]
+    brief = {"prompts": ["a {}"], "steps": 1, "guidance": 1.0}
+    judged = judge(shared, found, own, tmp_path, subjects=subjects, eyes=Eyes(), **brief)
+    assert list(judged.scores()) == ["references", "base", "alone", "average", "sum-scale=0.3"]
+    assert set(judged.scores()["average"]) == {"text", "image"}
+    text = write_page(judged, tmp_path / "page.html").read_text()
+    assert "Scores of pictures" in text and text.count("data:image/webp") == 3 * 4, "base, alone and two merges"
+    assert write_page(found, tmp_path / "bare.html").read_text().count("Scores") == 0 == len(found.scores())
+    with pytest.raises(UsageError, match="the toybox does not know ada, ben, cai"):
+        judge_by_toybox(shared, found, own, tmp_path)
+
+
+def test_the_toyboxs_judge_reads_its_own_prompts(tmp_path):
+    box = open_toybox()
+    paths = dict(list(box.adapter_paths().items())[:2])
+    loaded = {name: load_adapter(path) for name, path in paths.items()}
+    found = compare(list(paths.values()), methods={"average": make_method("average")})
+    own = {name: Variant(adapter) for name, adapter in loaded.items()}
+    judged = judge_by_toybox(box.load(), found, own, tmp_path, steps=1, guidance=1.0, batch_size=16)
+    assert list(judged.scores()) == ["alone", "average"] and set(judged.scores()["alone"]) == {"identity", "right person", "prompt"}
+    row = judged.pictures.rows[1]
+    assert len(row.files) == 2 * len(SCORE_TEMPLATES) and row.concepts[-1] == list(paths)[1]
+    images = [Image.open(tmp_path / file).convert("RGB") for file in row.files]
+    truths = {name: box.concepts[name].attributes for name in paths}
+    by_hand = agreement(box.judge.read(images), [truths[name] for name in row.concepts], box.judge.heads)
+    assert torch.allclose(row.values["identity"], by_hand)
+
+
+class Eyes:
+    """Embeds a picture by its mean colour, a text by its letters."""
+
+    name = "eyes"
+
+    def embed_images(self, images):
+        return torch.stack([torch.tensor(image.resize((1, 1)).getpixel((0, 0)), dtype=torch.float32) - 127.5 for image in images])
+
+    def embed_texts(self, texts):
+        return torch.tensor([[text.count(letter) + 0.1 for letter in "aen"] for text in texts])
+
+
+def test_method_words():
+    found = command._methods(["loraclr:exact:ridge=0.1, sum:scale=0.15", "ties:density=0.5:scale=2", "loraclr:importance=1,2,3"])
+    assert list(found) == ["loraclr:exact:ridge=0.1", "sum:scale=0.15", "ties:density=0.5:scale=2", "loraclr:importance=1,2,3"]
+    assert found["loraclr:exact:ridge=0.1"] == make_method("loraclr:exact", ridge=0.1)
+    assert found["loraclr:importance=1,2,3"] == make_method("loraclr", importance=(1, 2, 3))
+    assert set(every_method()) < set(command._methods(["all,sum:scale=0.15"]))
+    for wrong, said in (("lora", "no method 'lora'"), ("sum:scal=1", "no parameter 'scal'"), ("sum:scale=", "not of the form NAME=VALUE")):
+        with pytest.raises(UsageError, match=said):
+            command._methods([wrong])
+
+
+def call(capsys, *words):
+    code = main([str(word) for word in words])
+    said = capsys.readouterr()
+    return code, said.out, " ".join(said.err.split())
+
+
+def test_the_command_writes_a_page_and_json_and_says_what_was_left_out(adapters, tmp_path, capsys):
+    files = [save_adapter(adapter, tmp_path / f"{adapter.name}.safetensors") for adapter in adapters]
+    page, report = tmp_path / "page.html", tmp_path / "report.json"
+    words = ("compare", *files, "--methods", "average,sum:scale=0.5,linear", "--output", page, "--json", report)
+    code, out, _ = call(capsys, *words)
+    assert code == 0 and page.exists() and "not merged by linear: " in out and "sum:scale=0.5" in out
+    assert [row["label"] for row in json.loads(report.read_text())["methods"]] == ["average", "sum:scale=0.5", "linear"]
+    assert call(capsys, *words)[2].endswith("page.html exists already; give another name, or --force to replace")
+    code, out, _ = call(capsys, *words[:-1], "-", "--force")
+    assert code == 0 and json.loads(out)["methods"][0]["rank"] is not None
+
+
+def test_the_command_refuses_before_any_work(tmp_path, capsys):
+    file, page = tmp_path / "ada.safetensors", tmp_path / "page.html"
+    for words, said in (
+        (("--output", tmp_path / "page.txt"), "end its name in .html"),
+        (("--output", tmp_path / "nowhere" / "page.html"), "there is no folder"),
+        (("--output", page, "--judge", "toyclip"), "give --pictures DIR, too"),
+        (("--output", page, "--pictures", tmp_path), "give --base"),
+        (("--output", page, "--pictures", tmp_path, "--base", "x", "--judge", "toyclip"), "give --judge and --references DIR together"),
+        (("--output", page, "--pictures", tmp_path, "--base", "x", "--judge", "toybox", "--prompts", file), "brings its own prompts"),
+    ):
+        code, out, err = call(capsys, "compare", file, *words)
+        assert code == 1 and out == "" and said in err, err
+    assert not list(Path(tmp_path).iterdir())
