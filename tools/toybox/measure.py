@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 from people import concepts
 from PIL import Image
+from safetensors import safe_open
 from shown import base_report, pictures, summary
 from torch.nn.functional import normalize
 from world import Person, identities, named_people
@@ -126,6 +127,13 @@ def row(scores: Scores, concepts: int) -> dict[str, object]:
     return {key: round(value, 3) for key, value in scores.means().items()} | {"identity_interval": [round(low, 3), round(high, 3)]}
 
 
+def held_out(weights: Path) -> object:
+    """What the judge's own training reported on pictures of people it never saw."""
+    with safe_open(weights, "pt") as file:
+        told = file.metadata()
+    return json.loads(told.get("held_out") or told["held_out_accuracy"])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("base", type=Path)
@@ -139,9 +147,11 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     pipeline, judge = Pipeline.load(arguments.base), Judge.load(arguments.judge)
-    report: dict[str, object] = {}
+    judges = {"attribute judge": arguments.judge, "toyface": arguments.face, "toyclip": arguments.clip}
+    report: dict[str, object] = {"judges, held out": {name: held_out(path) for name, path in judges.items() if path}}
     if arguments.count:
-        report, seen, prompts = base_report(pipeline, judge, arguments.count)
+        base, seen, prompts = base_report(pipeline, judge, arguments.count)
+        report |= base
         print(json.dumps(report, indent=1), flush=True)
         report["named people"] = named_identity(pipeline, judge, arguments.count // 2)
         print("named people", json.dumps(report["named people"]), flush=True)
