@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from families_twins import twin
 from PIL import Image, ImageDraw
 
 import loraclr
@@ -588,8 +589,49 @@ def test_a_missing_package_is_named_first(pipeline, monkeypatch):
 
 def test_other_families_are_refused(pipeline, folder):
     pipeline.pipe.unet.config.addition_embed_type = "text_time"  # what makes an SDXL
-    with pytest.raises(PipelineError, match="are not supported; use a Stable Diffusion 1 or 2"):
+    with pytest.raises(PipelineError, match="training by recipe 'lora' with .*: not supported; use a Stable Diffusion 1 or 2"):
         learn(folder, pipeline, small("lora"))
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_lora_trains_both_text_encoders_of_sdxl(folder, tmp_path, bf16):
+    pipeline = Pipeline(twin("sdxl"))
+    before = [
+        parameter.clone() for part in ("unet", "text_encoder", "text_encoder_2") for parameter in getattr(pipeline.pipe, part).parameters()
+    ]
+    first = learn(folder, pipeline, small("lora", steps=3, bf16=bf16), work=tmp_path / "whole")
+    after = [parameter for part in ("unet", "text_encoder", "text_encoder_2") for parameter in getattr(pipeline.pipe, part).parameters()]
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+    assert first.components == ("text_encoder", "text_encoder_2", "unet") and first.family == "sdxl"
+    still = [layer.name for layer in first if not bool((layer.delta() != 0).any())]
+    last = len(pipeline.pipe.text_encoder.encoder.layers) - 1  # SDXL reads what goes into it, never what comes out
+    assert still and all(name.startswith(f"text_encoder.encoder.layers.{last}.") for name in still)
+    with pytest.raises(KeyboardInterrupt):
+        learn(folder, pipeline, small("lora", steps=3, bf16=bf16), work=tmp_path / "killed", checkpoint_every=2, progress=killed_at(2, 3))
+    assert learn(folder, pipeline, small("lora", steps=3, bf16=bf16), work=tmp_path / "killed", checkpoint_every=2) == first
+    back = load_adapter(save_adapter(first, tmp_path / "a.safetensors", dtype=torch.float32))
+    assert back.family == "sdxl" and back.layers.keys() == first.layers.keys()
+    with pipeline.applied(back):
+        (image,) = pipeline.sample([first.call], seeds=[0], steps=1)
+    assert image.size[0] > 0
+
+
+def test_a_student_tells_the_unet_of_sdxl_what_diffusers_tells_it(folder):
+    pipeline, told = Pipeline(twin("sdxl")), []
+    pipe = pipeline.pipe
+    size = pipeline.check_settings(seeds=[], steps=1, guidance=1, size=None)
+    with torch.no_grad(), Student(pipeline, generator=torch.Generator()) as student:
+        states, added = student.conditions(["a m"], pad=True, size=size)
+    handle = pipe.unet.register_forward_pre_hook(lambda module, inputs, named: told.append(named), with_kwargs=True)
+    pipe("a m", num_inference_steps=1, guidance_scale=1.0, output_type="latent")
+    handle.remove()
+    torch.testing.assert_close(states, told[0]["encoder_hidden_states"])
+    torch.testing.assert_close(added, {key: told[0]["added_cond_kwargs"][key] for key in added})
+
+
+def test_recipes_with_learned_tokens_are_refused_for_sdxl(folder):
+    with pytest.raises(PipelineError, match="training by recipe 'edlora' with StableDiffusionXLPipeline"):
+        learn(folder, Pipeline(twin("sdxl")), small("edlora"))
 
 
 # ---- the command
