@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from families_twins import twin
 from PIL import Image, ImageDraw
 
 import loraclr
@@ -171,16 +172,23 @@ def test_an_edlora_file_has_the_released_layout(pipeline, folder, tmp_path):
     assert len(raw["text_encoder"]) == 2 * 8 and len(raw["unet"]) == 2 * 8 * LAYERS
 
 
-def test_plain_and_layerwise_adapters_merge_together(pipeline, folder):
-    names = {"lora": "ada", "edlora": "ben", "custom-diffusion": "cai", "pplus": "dee"}
-    extra = {"custom-diffusion": {"rank": 0}}  # whole matrices
-    adapters = [learn(folder, pipeline, small(name, steps=2, **extra.get(name, {})), trigger=trigger) for name, trigger in names.items()]
+def test_the_files_of_all_recipes_merge_together(pipeline, folder, tmp_path):
+    triggers = dict(zip(RECIPES, ("ada", "ben", "eva", "fay", "dee", "cai", "gus"), strict=True))
+    forms = {"edlora": "edlora", "orthogonal": "edlora", "pplus": "edlora", "textual-inversion": "embedding"}
+    extra = {"custom-diffusion": {"rank": 0}}  # whole matrices, and its token beside them
+    paths = []
+    for name, trigger in triggers.items():
+        adapter = learn(folder, pipeline, small(name, steps=2, **extra.get(name, {})), trigger=trigger)
+        form = forms.get(name, "kohya")
+        path = tmp_path / f"{trigger}{'.pth' if form == 'edlora' else '.safetensors'}"
+        paths.append(save_adapter(adapter, path, format=form, dtype=torch.float32))
+        assert load_adapter(path).call == adapter.call
     quick = Collection(fit=("a {}",), held_out=("the {}",), preserve=("a m",), steps=2)
-    merged = merge(adapters, base=pipeline, collection=quick).adapter
-    assert set(merged.layers) == set(adapters[0].layers)
-    assert set(merged.tokens) == {"<ben1>", "<ben2>", "<cai>", "<dee>"}
+    merged = merge(paths, base=pipeline, collection=quick).adapter
+    assert set(merged.layers) == set(unet_attention(pipeline)) | set(text_attention(pipeline))
+    assert set(merged.tokens) == {"<ben1>", "<ben2>", "<eva1>", "<eva2>", "<cai>", "<dee>", "<fay>"}
     with pipeline.applied(merged):
-        assert torch.isfinite(pipeline.encode(["an ada m and <ben1> <ben2> with <cai> m"])).all()
+        assert torch.isfinite(pipeline.encode(["an ada m and <ben1> <ben2> with <cai> m in gus style"])).all()
 
 
 # ---- the loop and its parts, by hand
@@ -581,8 +589,49 @@ def test_a_missing_package_is_named_first(pipeline, monkeypatch):
 
 def test_other_families_are_refused(pipeline, folder):
     pipeline.pipe.unet.config.addition_embed_type = "text_time"  # what makes an SDXL
-    with pytest.raises(PipelineError, match="training with .*: not supported; use a Stable Diffusion 1 or 2"):
+    with pytest.raises(PipelineError, match="training by recipe 'lora' with .*: not supported; use a Stable Diffusion 1 or 2"):
         learn(folder, pipeline, small("lora"))
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_lora_trains_both_text_encoders_of_sdxl(folder, tmp_path, bf16):
+    pipeline = Pipeline(twin("sdxl"))
+    before = [
+        parameter.clone() for part in ("unet", "text_encoder", "text_encoder_2") for parameter in getattr(pipeline.pipe, part).parameters()
+    ]
+    first = learn(folder, pipeline, small("lora", steps=3, bf16=bf16), work=tmp_path / "whole")
+    after = [parameter for part in ("unet", "text_encoder", "text_encoder_2") for parameter in getattr(pipeline.pipe, part).parameters()]
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+    assert first.components == ("text_encoder", "text_encoder_2", "unet") and first.family == "sdxl"
+    still = [layer.name for layer in first if not bool((layer.delta() != 0).any())]
+    last = len(pipeline.pipe.text_encoder.encoder.layers) - 1  # SDXL reads what goes into it, never what comes out
+    assert still and all(name.startswith(f"text_encoder.encoder.layers.{last}.") for name in still)
+    with pytest.raises(KeyboardInterrupt):
+        learn(folder, pipeline, small("lora", steps=3, bf16=bf16), work=tmp_path / "killed", checkpoint_every=2, progress=killed_at(2, 3))
+    assert learn(folder, pipeline, small("lora", steps=3, bf16=bf16), work=tmp_path / "killed", checkpoint_every=2) == first
+    back = load_adapter(save_adapter(first, tmp_path / "a.safetensors", dtype=torch.float32))
+    assert back.family == "sdxl" and back.layers.keys() == first.layers.keys()
+    with pipeline.applied(back):
+        (image,) = pipeline.sample([first.call], seeds=[0], steps=1)
+    assert image.size[0] > 0
+
+
+def test_a_student_tells_the_unet_of_sdxl_what_diffusers_tells_it(folder):
+    pipeline, told = Pipeline(twin("sdxl")), []
+    pipe = pipeline.pipe
+    size = pipeline.check_settings(seeds=[], steps=1, guidance=1, size=None)
+    with torch.no_grad(), Student(pipeline, generator=torch.Generator()) as student:
+        states, added = student.conditions(["a m"], pad=True, size=size)
+    handle = pipe.unet.register_forward_pre_hook(lambda module, inputs, named: told.append(named), with_kwargs=True)
+    pipe("a m", num_inference_steps=1, guidance_scale=1.0, output_type="latent")
+    handle.remove()
+    torch.testing.assert_close(states, told[0]["encoder_hidden_states"])
+    torch.testing.assert_close(added, {key: told[0]["added_cond_kwargs"][key] for key in added})
+
+
+def test_recipes_with_learned_tokens_are_refused_for_sdxl(folder):
+    with pytest.raises(PipelineError, match="training by recipe 'edlora' with StableDiffusionXLPipeline"):
+        learn(folder, Pipeline(twin("sdxl")), small("edlora"))
 
 
 # ---- the command
@@ -620,12 +669,35 @@ def test_the_command_keeps_tokens_beside_a_kohya_file(base, folder, tmp_path, ca
     assert set(back.tokens) == {"<qq>"} and all(isinstance(layer, DenseLayer) for layer in back)
 
 
+def test_a_textual_inversion_is_a_file_that_diffusers_loads_and_that_merges(base, folder, tmp_path, capsys, tiny_pipe, pipeline):
+    words = ["train", folder, "--base", base, "--recipe", "textual-inversion", "--trigger", "qq", "--class", "m", "--set", "steps=1"]
+    assert main([str(word) for word in [*words, "--sample-every", 0, "--output", tmp_path / "qq.safetensors"]]) == 0
+    assert "learned tokens:" not in capsys.readouterr().out  # none lie beside it
+    pipe = tiny_pipe()
+    pipe.load_textual_inversion(tmp_path / "qq.safetensors", token="<qq>")
+    token = load_adapter(tmp_path / "qq.safetensors")
+    row = pipe.text_encoder.get_input_embeddings().weight[pipe.tokenizer.convert_tokens_to_ids("<qq>")]
+    assert token.call == "<qq>" and torch.equal(row.detach(), token.tokens["<qq>"][0].float())
+    save_adapter(learn(folder, pipeline, small("lora", steps=1), trigger="ada"), tmp_path / "ada.safetensors")
+    quick = Collection(fit=("a {}",), held_out=("the {}",), preserve=("a m",), steps=2)
+    merged = merge([tmp_path / "qq.safetensors", tmp_path / "ada.safetensors"], base=pipeline, collection=quick).adapter
+    assert set(merged.tokens) == {"<qq>"} and len(merged) > 0
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
         (["--output", "nowhere/qq.pth"], "there is no folder nowhere; make it first"),
         (["--output", "qq.ckpt"], "format kohya is a file: end its name in .safetensors"),
-        (["--output", "qq.safetensors", "--recipe", "pplus"], "makes learned tokens and no layers; end its name in .pth"),
+        (
+            ["--output", "qq.safetensors", "--recipe", "pplus"],
+            "a token with 10 layers has no place in embedding files, which have 16; end its name in .pth",
+        ),
+        (
+            ["--output", "qq.safetensors", "--recipe", "pplus", "--format", "diffusers"],
+            "makes a learned token and no layers; leave --format out",
+        ),
+        (["--output", "qq.safetensors", "--format", "embedding"], "recipe 'lora' makes layers; choose another --format"),
         (["--output", "qq.pth", "--recipe", "custom-diffusion"], "cannot hold whole matrices"),
         (["--output", "qq.pth", "--recipe", "edlor"], "Did you mean 'edlora'?"),
         (["--output", "qq.pth", "--set", "rank"], "not of the form NAME=VALUE"),

@@ -1,7 +1,7 @@
-"""Trains the toybox's ToyClip: `python clip.py DATA VAE OUT.safetensors --minutes 8`.
+"""Trains the toybox's ToyClip: `python clip.py DATA VAE OUT.safetensors`. Resumes by itself.
 
 Pictures of DATA and captions drawn anew, a batch's other captions as negatives, some of the pictures passed through the autoencoder.
-Prints recall@1 among 64 captions on pictures of held-out people.
+Prints recall@1 both ways, among 64 captions and among 64 pictures, on pictures of held-out people.
 """
 
 from __future__ import annotations
@@ -10,21 +10,23 @@ import argparse
 import json
 import pickle
 import random
-import time
 from pathlib import Path
 
 import numpy as np
+import solo
 import torch
 from diffusers import AutoencoderKL
 from judge import held_out_pictures
 from safetensors.torch import save_file
+from torch import Tensor
 from torch.nn.functional import cross_entropy
 from vae import pixels, reconstruct
 from world import caption, named_people, vocabulary
 
 from loraclr.toybox.clip import ToyClip
 
-AMONG = 64
+AMONG, BATCH = 64, 128
+PASSED = 3000  # pictures that are also seen through the autoencoder
 
 
 def main() -> None:
@@ -32,40 +34,29 @@ def main() -> None:
     parser.add_argument("data", type=Path)
     parser.add_argument("vae", type=Path)
     parser.add_argument("out", type=Path)
-    parser.add_argument("--minutes", type=float, default=8, help="of processor time")
+    parser.add_argument("--steps", type=int, default=1200)
     arguments = parser.parse_args()
-    torch.manual_seed(0)
     torch.set_num_threads(1)
-    rng = random.Random(0)
     names = {*named_people()}
     images = np.load(arguments.data / "single.npy", mmap_mode="r")
     pictures = pickle.loads((arguments.data / "pictures.pkl").read_bytes())["single"]
-    with torch.no_grad():
-        vae = AutoencoderKL.from_pretrained(arguments.vae).bfloat16()
-        blurred = reconstruct(vae, pixels(images[:6000]).bfloat16()).float()
+    passed = solo.through_autoencoder(arguments.data, arguments.vae, PASSED)
+    torch.manual_seed(1)
     clip = ToyClip([word for word in vocabulary() if word not in names])
-    optimizer = torch.optim.AdamW(clip.parameters(), lr=1e-3, weight_decay=0.02)
-    began, step = time.process_time(), 0
-    while (progress := (time.process_time() - began) / (60 * arguments.minutes)) < 1:
-        for group in optimizer.param_groups:
-            group["lr"] = 1e-3 * min(1, (step + 1) / 200) * (1 - progress)
-        passed = step % 3 == 2
-        rows = torch.randint(len(blurred) if passed else len(images), (160,)).sort().values
-        x = blurred[rows] if passed else pixels(images[rows.numpy()])
-        x = torch.roll(x, torch.randint(-3, 4, (2,)).tolist(), (2, 3)) + 0.04 * torch.randn_like(x)
-        words = clip.ids([told(pictures[row], rng) for row in rows.tolist()])
+
+    def loss(rng: random.Random, progress: float) -> Tensor:
+        blurred = rng.random() < 1 / 3
+        rows = sorted(rng.randrange(PASSED if blurred else len(images)) for _ in range(BATCH))
+        words = clip.ids([told(pictures[row], rng) for row in rows])
         with torch.autocast("cpu", torch.bfloat16):
-            seen, read = clip.see(x), clip.read(words)
+            seen, read = clip.see(solo.jitter(pixels((passed if blurred else images)[rows]))), clip.read(words)
         logits = seen.float() @ read.float().T * clip.temperature.clamp(max=4.6).exp()
         own = torch.arange(len(rows))
-        loss = (cross_entropy(logits, own) + cross_entropy(logits.T, own)) / 2
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        step += 1
-        if step % 200 == 0:
-            print(f"step {step} loss {float(loss):.3f}", flush=True)
+        return (cross_entropy(logits, own) + cross_entropy(logits.T, own)) / 2
+
+    solo.fit(clip, loss, file=arguments.out.with_suffix(".state"), steps=arguments.steps, lr=1e-3)
     clip.eval()
+    vae = AutoencoderKL.from_pretrained(arguments.vae, torch_dtype=torch.bfloat16)
     held, array = held_out_pictures(1024, 101)
     report = {}
     for kind in ("renders", "through the autoencoder"):
@@ -74,11 +65,17 @@ def main() -> None:
             x = x if kind == "renders" else reconstruct(vae, x.bfloat16()).float()
             seen = torch.cat([clip.see(part) for part in x.split(128)])
             read = clip.read(clip.ids([told(picture, random.Random(k), 0.9) for k, picture in enumerate(held)]))
-        hits = [(a @ b.T).argmax(1) == torch.arange(AMONG) for a, b in zip(seen.split(AMONG), read.split(AMONG), strict=True)]
-        report[kind] = {"recall@1 of 64": round(float(torch.cat(hits).float().mean()), 4)}
+        products = [a @ b.T for a, b in zip(seen.split(AMONG), read.split(AMONG), strict=True)]
+        ways = {"caption of a picture": products, "picture of a caption": [product.T for product in products]}
+        report[kind] = {way: round(recall(found), 4) for way, found in ways.items()}
         print(kind, json.dumps(report[kind]), flush=True)
     state = {key: value.half().contiguous() if value.is_floating_point() else value for key, value in clip.state_dict().items()}
     save_file(state, str(arguments.out), metadata={"vocabulary": json.dumps(clip.vocabulary), "held_out": json.dumps(report)})
+
+
+def recall(products: list[Tensor]) -> float:
+    """recall@1: how often the own one is the nearest of AMONG."""
+    return float(torch.cat([product.argmax(1) == torch.arange(len(product)) for product in products]).float().mean())
 
 
 def told(picture, rng: random.Random, keep: float = 0.75) -> str:

@@ -1,19 +1,20 @@
-"""Trains the toybox's ToyFace: `python face.py VAE OUT.safetensors --minutes 8`.
+"""Trains the toybox's ToyFace: `python face.py DATA VAE OUT.safetensors`. Resumes by itself.
 
-An additive angular margin over IDENTITIES random people, several looks of each, half of the pictures passed through the autoencoder.
-None of the 72 held-out combinations is among them; 48 of those that are not shipped give the report: true accepts at 1 % false
-accepts, whose threshold goes into the file.
+An additive angular margin over the people of DATA, on pictures of whom some went through the autoencoder. None of the 72 held-out
+combinations is among them; the 48 of those that no shipped identity has give the report: true accepts at 1 % false accepts, whose
+threshold goes into the file.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import pickle
 import random
-import time
 from pathlib import Path
 
 import numpy as np
+import solo
 import torch
 from compose import compose, render, sprite_spec
 from diffusers import AutoencoderKL
@@ -21,12 +22,31 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, linear, normalize
 from vae import pixels, reconstruct
-from world import PLAIN, SCENES, Person, Picture, base_person, held_out_keys, random_look, random_person
+from world import PLAIN, SCENES, Person, Picture, held_out_keys, random_look, random_person
 
 from loraclr.toybox.face import ToyFace
 
-IDENTITIES, LOOKS, TAKES = 2000, 5, 2  # people, sprites of each, pictures of each sprite
-MARGIN, SCALE = 0.25, 24.0
+MARGIN, SCALE, BATCH = 0.25, 24.0, 96
+FEWEST = 4  # pictures of somebody who is learned from
+PASSED = 3000  # pictures that are also seen through the autoencoder
+
+
+class WithCentres(nn.Module):
+    """The embedding, and while it is trained one direction a person."""
+
+    def __init__(self, people: int) -> None:
+        super().__init__()
+        self.face, self.centres = ToyFace(), nn.Parameter(torch.randn(people, 64))
+
+
+def people_of(pictures: list[Picture]) -> tuple[list[tuple[str, ...]], dict[tuple[str, ...], list[int]]]:
+    """Who has FEWEST pictures or more alone and in full colour, and the rows of them."""
+    rows: dict[tuple[str, ...], list[int]] = {}
+    for row, picture in enumerate(pictures):
+        if len(picture.people) == 1 and picture.style is None:
+            rows.setdefault(tuple(picture.people[0].identity.values()), []).append(row)
+    kept = {who: found for who, found in rows.items() if len(found) >= FEWEST}
+    return sorted(kept), kept
 
 
 def photographs(people: list[Person], looks: int, takes: int, seed: int) -> np.ndarray:
@@ -58,60 +78,55 @@ def verification(embeddings: Tensor, false_accepts: float = 0.01) -> tuple[float
     return threshold, true, accuracy
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("vae", type=Path)
-    parser.add_argument("out", type=Path)
-    parser.add_argument("--minutes", type=float, default=8, help="of processor time")
-    arguments = parser.parse_args()
-    torch.manual_seed(0)
-    torch.set_num_threads(1)
-    rng = random.Random(3)
-    people: dict[tuple[str, ...], Person] = {}
-    while len(people) < IDENTITIES:
-        person = base_person(rng)
-        people.setdefault(tuple(person.identity.values()), person)
-    images = torch.from_numpy(photographs(list(people.values()), LOOKS, TAKES, 4))
-    vae = AutoencoderKL.from_pretrained(arguments.vae).bfloat16()
-    with torch.no_grad():  # the second take of every look
-        for row in range(IDENTITIES):
-            blurred = reconstruct(vae, pixels(images[row, 1::2].numpy()).bfloat16()).float()
-            images[row, 1::2] = blurred.add(1).mul(127.5).round().byte().permute(0, 2, 3, 1)
-    face, centres = ToyFace(), nn.Parameter(torch.randn(IDENTITIES, 64))
-    optimizer = torch.optim.AdamW([*face.parameters(), centres], lr=2e-3, weight_decay=0.02)
-    began, step = time.process_time(), 0
-    while (progress := (time.process_time() - began) / (60 * arguments.minutes)) < 1:
-        for group in optimizer.param_groups:
-            group["lr"] = 2e-3 * min(1, (step + 1) / 100) * (1 - progress)
-        who, take = torch.randint(IDENTITIES, (96,)), torch.randint(LOOKS * TAKES, (96,))
-        x = pixels(images[who, take].numpy())
-        x = torch.roll(x, torch.randint(-3, 4, (2,)).tolist(), (2, 3)) + 0.04 * torch.randn_like(x)
-        with torch.autocast("cpu", torch.bfloat16):
-            found = face(x).float()
-        cosines = linear(found, normalize(centres, dim=-1)).clamp(-0.999, 0.999)
-        margin = MARGIN * min(1.0, 3 * progress)  # from the start it would keep the embedding from forming
-        own = torch.cos(torch.acos(cosines.gather(1, who[:, None])) + margin)
-        loss = cross_entropy(SCALE * cosines.scatter(1, who[:, None], own), who)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        step += 1
-        if step % 200 == 0:
-            print(f"step {step} loss {float(loss):.3f}", flush=True)
-    face.eval()
-    strangers, rng = [], random.Random(5)
+def strangers() -> list[Person]:
+    """One person for each held-out combination that no shipped identity has."""
+    people, rng = [], random.Random(5)
     for key in held_out_keys()[24:]:
         while (person := random_person(rng)).key != key:
             pass
-        strangers.append(person)
+        people.append(person)
+    return people
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("data", type=Path)
+    parser.add_argument("vae", type=Path)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--steps", type=int, default=2500)
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    images = np.load(arguments.data / "single.npy", mmap_mode="r")
+    passed = solo.through_autoencoder(arguments.data, arguments.vae, PASSED)
+    people, rows = people_of(pickle.loads((arguments.data / "pictures.pkl").read_bytes())["single"])
+    torch.manual_seed(1)
+    model = WithCentres(len(people))
+    print(f"{len(people)} people, {sum(map(len, rows.values()))} pictures", flush=True)
+
+    def loss(rng: random.Random, progress: float) -> Tensor:
+        who = [rng.randrange(len(people)) for _ in range(BATCH)]
+        chosen = [rng.choice(rows[people[one]]) for one in who]
+        seen = [passed[row] if row < PASSED and rng.random() < 0.9 else images[row] for row in chosen]
+        with torch.autocast("cpu", torch.bfloat16):
+            found = model.face(solo.jitter(pixels(np.stack(seen)))).float()
+        cosines = linear(found, normalize(model.centres, dim=-1)).clamp(-0.999, 0.999)
+        margin = MARGIN * min(1.0, 3 * progress)  # from the start it would keep the embedding from forming
+        owner = torch.tensor(who)[:, None]
+        own = torch.cos(torch.acos(cosines.gather(1, owner)) + margin)
+        return cross_entropy(SCALE * cosines.scatter(1, owner, own), owner[:, 0])
+
+    solo.fit(model, loss, file=arguments.out.with_suffix(".state"), steps=arguments.steps, lr=2e-3)
+    face = model.face.eval()
     report: dict[str, dict[str, float]] = {}
-    array = photographs(strangers, 8, 1, 6)
+    unseen = strangers()
+    array = photographs(unseen, 8, 1, 6)
+    vae = AutoencoderKL.from_pretrained(arguments.vae, torch_dtype=torch.bfloat16)
     threshold = 0.0
     for kind in ("renders", "through the autoencoder"):
         x = pixels(array.reshape(-1, 64, 64, 3))
         with torch.no_grad():
             x = x if kind == "renders" else reconstruct(vae, x.bfloat16()).float()
-            found = torch.cat([face(part) for part in x.split(128)]).view(len(strangers), 8, -1)
+            found = torch.cat([face(part) for part in x.split(128)]).view(len(unseen), 8, -1)
         threshold, true, accuracy = verification(found)
         report[kind] = {"threshold": round(threshold, 4), "true accepts at 1 % false": round(true, 4), "accuracy": round(accuracy, 4)}
         print(kind, json.dumps(report[kind]), flush=True)

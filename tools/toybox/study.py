@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import torch
-from measure import concept_scores, factors, row
+from measure import concept_pictures, concept_scores, factors, row
 from world import identities
 
 from loraclr.adapter import Adapter
@@ -150,7 +150,7 @@ def run(base: Path, judge: Path, loras: Path, split: str, name: str, rounds: int
         notes |= {"pack_megabytes": round(size / 1e6, 1)} if setting.pack else {}
         whole = setting.merged == STAGES
         used = {name: merged.adapter if whole else hybrid(merged.adapter, own, setting) for name, own in adapters.items()}
-    scores = concept_scores(pipeline, Judge.load(judge), calls, people, used, rounds=rounds)
+    scores = concept_scores(Judge.load(judge), concept_pictures(pipeline, calls, used, rounds=rounds), people)
     return {**row(scores, len(calls)), **notes, "pictures": [round(value, 1) for value in scores.identity.tolist()]}
 
 

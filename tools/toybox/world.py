@@ -238,17 +238,33 @@ def caption(picture: Picture, rng: random.Random, *, keep_probability: float = 0
             keep |= dict.fromkeys(IDENTITY, False)
         text = person_words(person, name, keep)
         parts.append(text + (" on the left", " on the right")[index] if picture.wide else text)
+    kind, name = picture.background
+    place = rng.choice(SCENE_WORDS[name]) if kind == "scene" else ""
+    prefix = STYLES[picture.style] if picture.style else rng.choice(PREFIXES)
+    with_place = "place" in told and rng.random() < 0.9
+    return _sentence(picture, parts, prefix, (place or _plain(name)) if with_place else "")
+
+
+def whole_caption(picture: Picture) -> str:
+    """Everything that the picture shows, in one wording. `caption` leaves things out even where it is asked to keep all phrases."""
+    parts = [person_words(person, name, {}) for person, name in zip(picture.people, picture.names or (None, None), strict=False)]
+    if picture.wide:
+        parts = [f"{part} on the {side}" for part, side in zip(parts, ("left", "right"), strict=True)]
+    kind, name = picture.background
+    prefix = STYLES[picture.style] if picture.style else PREFIXES[0]
+    return _sentence(picture, parts, prefix, SCENE_WORDS[name][0] if kind == "scene" else _plain(name))
+
+
+def _plain(colour: str) -> str:
+    return f"on {article(colour)} {colour} background"
+
+
+def _sentence(picture: Picture, parts: list[str], prefix: str, place: str) -> str:
     if picture.thing:
         thing = f"{article(picture.thing)} {picture.thing}"
-        parts.append(f"next to {thing}" if parts else thing)
+        parts = [*parts, f"next to {thing}" if parts else thing]
     joined = (" and " if picture.wide else " ").join(parts)
-    kind, name = picture.background
-    place = rng.choice(SCENE_WORDS[name]) if kind == "scene" else f"on {article(name)} {name} background"
-    prefix = STYLES[picture.style] if picture.style else rng.choice(PREFIXES)
-    said = [f"{prefix} {joined}".strip()]
-    if "place" in told and rng.random() < 0.9:
-        said.append(place)
-    return " ".join(said)
+    return " ".join(part for part in (f"{prefix} {joined}".strip(), place) if part)
 
 
 def vocabulary() -> list[str]:

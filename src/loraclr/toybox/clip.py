@@ -26,7 +26,7 @@ class ToyClip(nn.Module):
 
     name = "toyclip"
 
-    def __init__(self, vocabulary: Sequence[str], width: int = 32, size: int = 128) -> None:
+    def __init__(self, vocabulary: Sequence[str], width: int = 24, size: int = 128) -> None:
         super().__init__()
         self.vocabulary = tuple(vocabulary)
         self.index = {word: number + 2 for number, word in enumerate(self.vocabulary)}  # 0 pads, 1 is an unknown word

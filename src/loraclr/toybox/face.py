@@ -25,7 +25,7 @@ class ToyFace(nn.Module):
 
     name = "toyface"
 
-    def __init__(self, width: int = 32, size: int = 64, threshold: float = 0.0) -> None:
+    def __init__(self, width: int = 24, size: int = 64, threshold: float = 0.0) -> None:
         super().__init__()
         self.body, features = convolutions(width)
         self.head = nn.Sequential(nn.Flatten(), nn.Dropout(0.2), nn.Linear(features, size), nn.BatchNorm1d(size))

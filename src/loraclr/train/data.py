@@ -117,7 +117,7 @@ class Examples:
     def __init__(self, pipeline: Pipeline, shots: Sequence[Shot], *, templates: Sequence[str], call: str, flip: bool) -> None:
         from PIL import Image, ImageOps
 
-        height, width = pipeline.check_settings(seeds=[], steps=1, guidance=1, size=None)
+        self.size = height, width = pipeline.check_settings(seeds=[], steps=1, guidance=1, size=None)
         filled = tuple(template.replace("{}", call) for template in templates)
         self.prompts = [shot.captions or filled for shot in shots]  # of each picture
         fitted = [ImageOps.fit(shot.image, (width, height), Image.Resampling.LANCZOS) for shot in shots]

@@ -126,8 +126,8 @@ def _loss(student: Student, recipe: Recipe, diffusion: Diffusion, own: Examples,
     student.watching = watching
     try:
         with torch.autocast(device.type, torch.bfloat16, enabled=student.bf16):
-            states = student.states(prompts, pad=padded)
-            predicted = student.pipeline.pipe.unet(noisy, times, states, return_dict=False)[0]
+            states, added = student.conditions(prompts, pad=padded, size=own.size)
+            predicted = student.pipeline.pipe.unet(noisy, times, states, added_cond_kwargs=added, return_dict=False)[0]
     finally:
         student.watching = False
     per_picture = masked_mean((predicted.float() - target) ** 2, masks)

@@ -25,7 +25,7 @@ TextLr = Annotated[float, Option("learning rate of the text encoder's LoRA", 0)]
 
 @dataclass(frozen=True)
 class Lora(Recipe):
-    """A LoRA on the attention of UNet and text encoder, called by a rare word before the class word: "rhea woman".
+    """A LoRA on the attention of UNet and text encoder (SDXL: both), called by a rare word before the class word: "rhea woman".
 
     DreamBooth (arXiv 2208.12242) with the weights held still and a LoRA (arXiv 2106.09685) trained beside them, as cloneofsimo's and
     diffusers' trainers do. `prior_weight=1` is DreamBooth's prior preservation, on pictures of the class.
@@ -37,6 +37,7 @@ class Lora(Recipe):
     presets: ClassVar[Mapping[str, Mapping[str, object]]] = MappingProxyType(
         {"toybox": {**TOYBOX, "rank": 8, "alpha": 8.0, "text_rank": 4, "lr": 1.2e-3, "text_lr": 3e-4}}
     )
+    for_sdxl: ClassVar[bool] = True
     templates: ClassVar[tuple[str, ...]] = PERSON
 
     rank: Rank = 4

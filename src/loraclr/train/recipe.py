@@ -62,6 +62,8 @@ class Recipe:
     reference: ClassVar[str]
     presets: ClassVar[Mapping[str, Mapping[str, object]]] = MappingProxyType({})
     only_tokens: ClassVar[bool] = False  # whether the adapter has no layers
+    for_sdxl: ClassVar[bool] = False  # whether it knows two text encoders
+    layerwise: ClassVar[bool] = False  # whether a learned token has a row per cross-attention layer
     templates: ClassVar[tuple[str, ...]] = OBJECT  # for pictures without a caption; {} is the call
 
     steps: Steps = 1000

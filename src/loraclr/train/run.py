@@ -21,7 +21,7 @@ from loraclr.train.data import Examples, Shot, digest, read_folder
 from loraclr.train.orthogonal import Orthogonal, warn_of_shared_rows
 from loraclr.train.recipe import Recipe, Words
 from loraclr.train.recipes import make_recipe
-from loraclr.train.student import Student, keys_and_values
+from loraclr.train.student import Student, is_sdxl, keys_and_values
 from loraclr.train.work import WorkFolder
 
 SAMPLES = 4  # pictures per sample sheet, seeds 0 to 3
@@ -60,7 +60,8 @@ def train(
     recipe = make_recipe(recipe) if isinstance(recipe, str) else recipe
     tell = progress or (lambda what, share: None)
     versions = _versions()
-    base.check_plain()
+    if not (recipe.for_sdxl and is_sdxl(base)):
+        base.check_plain(f"training by recipe {recipe.name!r}")
     folder, class_folder = Path(pictures), None if class_pictures is None else Path(class_pictures)
     words, shots, class_shots = _checked(folder, class_folder, base, recipe, trigger, class_word, templates, beside, work, checkpoint_every)
     settings: dict[str, object] = {
@@ -121,7 +122,7 @@ def train(
         name=name or trigger.strip("<>"),
         tokens=tokens,
         triggers=(words.call,),
-        family=_FAMILIES.get(int(base.pipe.unet.config.cross_attention_dim)),
+        family="sdxl" if is_sdxl(base) else _FAMILIES.get(int(base.pipe.unet.config.cross_attention_dim)),
         metadata={"loraclr.training": json.dumps(about, sort_keys=True)},
     )
 

@@ -13,6 +13,7 @@ from torch.nn import functional
 
 from loraclr.adapter import DenseLayer, Layer, LoraLayer
 from loraclr.conditioning import conditioned, text_states
+from loraclr.loading import silenced
 from loraclr.pipeline import Pipeline
 from loraclr.train.attention import watched
 
@@ -27,13 +28,19 @@ def unet_attention(pipeline: Pipeline) -> list[str]:
 
 
 def text_attention(pipeline: Pipeline) -> list[str]:
-    """The same of the text encoder."""
-    return [name for name in pipeline.modules if name.startswith("text_encoder.") and ".self_attn." in name and name.endswith(_TEXT)]
+    """The same of the text encoder, or of both."""
+    return [name for name in pipeline.modules if name.startswith("text_encoder") and ".self_attn." in name and name.endswith(_TEXT)]
 
 
 def keys_and_values(pipeline: Pipeline) -> list[str]:
     """Keys and values of the UNet's cross-attention."""
     return [name for name in pipeline.modules if pipeline.cross_attention_index(name) is not None]
+
+
+def is_sdxl(pipeline: Pipeline) -> bool:
+    """Two CLIP text encoders, and a UNet that is also told their pooled states and the picture's size."""
+    unet = getattr(pipeline.pipe, "unet", None)
+    return len(_text_encoders(pipeline.pipe)) == 2 and getattr(unet.config if unet else None, "addition_embed_type", None) == "text_time"
 
 
 class Learned(nn.Module):
@@ -61,7 +68,6 @@ class Student:
     """
 
     def __init__(self, pipeline: Pipeline, *, generator: torch.Generator, bf16: bool = False, watch: bool = False) -> None:
-        pipeline.check_plain()
         self.pipeline, self.generator, self.bf16 = pipeline, generator, bf16
         self.device = pipeline.device  # once: diffusers walks all modules at every asking
         self.groups: list[dict[str, Any]] = []
@@ -78,7 +84,7 @@ class Student:
     def __enter__(self) -> Self:
         with ExitStack() as stack:
             pipe = self.pipeline.pipe
-            for part in (pipe.unet, pipe.text_encoder, pipe.vae):
+            for part in (pipe.unet, *_text_encoders(pipe), pipe.vae):
                 for parameter in part.parameters():
                     stack.callback(parameter.requires_grad_, parameter.requires_grad)
                     parameter.requires_grad_(False)
@@ -176,6 +182,15 @@ class Student:
     def _table(self) -> Tensor:
         return self.pipeline.vocabulary.embedding.weight.detach()
 
+    def conditions(self, prompts: Sequence[str], *, pad: bool, size: tuple[int, int]) -> tuple[Tensor, dict[str, Tensor] | None]:
+        """States as `states` gives them, and what else the UNet is told: of SDXL, which always pads, pooled states and `size` in pixels."""
+        if not is_sdxl(self.pipeline):
+            return self.states(prompts, pad=pad), None
+        with silenced():
+            states, _, pooled, _ = self.pipeline.pipe.encode_prompt(list(prompts), device=self.device, do_classifier_free_guidance=False)
+        uncropped = torch.tensor([[*size, 0, 0, *size]], dtype=pooled.dtype, device=self.device)  # original size, corner, target size
+        return states, {"text_embeds": pooled, "time_ids": uncropped.expand(len(states), -1)}
+
     def states(self, prompts: Sequence[str], *, pad: bool) -> Tensor:
         """(B, T, dim) or (B, L, T, dim)."""
         return text_states(
@@ -214,6 +229,10 @@ class Student:
         return {token: _value(self.rows[place]) for token, place in self.tokens.items()}
 
 
+def _text_encoders(pipe: Any) -> list[Any]:
+    return [part for name, part in sorted(pipe.components.items()) if name.startswith("text_encoder") and part is not None]
+
+
 def word_ids(pipeline: Pipeline, word: str) -> list[int]:
     return list(pipeline.vocabulary.tokenizer(word, add_special_tokens=False).input_ids)
 
@@ -235,6 +254,6 @@ def _plain_attention(pipe: Any, stack: ExitStack) -> None:
         if hasattr(module, "set_processor"):
             stack.callback(module.set_processor, module.processor)
             module.set_processor(AttnProcessor())
-    kept = pipe.text_encoder.config._attn_implementation
-    stack.callback(pipe.text_encoder.set_attn_implementation, kept)
-    pipe.text_encoder.set_attn_implementation("eager")
+    for encoder in _text_encoders(pipe):
+        stack.callback(encoder.set_attn_implementation, encoder.config._attn_implementation)
+        encoder.set_attn_implementation("eager")
