@@ -18,7 +18,7 @@ ORDER = (
     ("linalg",),
     ("adapter",),
     ("blocks", "statistics"),
-    ("formats", "methods"),
+    ("formats", "methods", "scratch"),
     ("conditioning", "loading"),
     ("pipeline",),
     ("collect",),

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -16,6 +17,7 @@ from torch import Tensor
 from loraclr.adapter import Adapter, Layer
 from loraclr.errors import UsageError
 from loraclr.pipeline import Pipeline
+from loraclr.scratch import Read, Sample, Scratch
 from loraclr.statistics import LayerStats, Moments
 
 FIT_TEMPLATES = (
@@ -84,12 +86,19 @@ PAPER = Collection(fit=("photo of a {}", "{}"), steps=20, sample=ALL_ROWS, spati
 LATENTS = {"fit": 0, "held_out": 1000, "preserve": 2000}  # added to the seed: what judges must not start from what was learned from
 
 
+Kept = tuple[int, Read]  # how many rows, and they themselves
+
+
+def _itself(tensor: Tensor) -> Tensor:
+    return tensor
+
+
 class _Recorder:
     """Sums the moments of one run's rows, and keeps a few rows, chosen alike for every concept.
 
     `keep` rows of each call: spread over it where calls of all concepts are equally long, else (`ends`) the last of each of its texts,
     where texts of different length agree. Layers that are handed the very same rows, such as the queries, keys and values of one
-    attention, share the work.
+    attention, share the work and the memory.
     """
 
     def __init__(self, keep: int = 0, *, ends: bool = False) -> None:
@@ -97,23 +106,46 @@ class _Recorder:
         self.texts = 1  # in each call
         self.moments: dict[str, Moments] = {}
         self.kept: dict[str, list[Tensor]] = {}
-        self._last: tuple[Tensor, Moments] | None = None
+        self._last: _Seen | None = None
 
     def add(self, name: str, rows: Tensor) -> None:
-        if self._last is None or self._last[0] is not rows:
-            self._last = (rows, Moments.of(rows))
-        seen = self._last[1]
-        self.moments[name] = self.moments[name] + seen if name in self.moments else seen
-        if not self.keep:
-            return
-        kept = self.kept.setdefault(name, [])
+        if self._last is None or self._last.rows is not rows:
+            self._last = _Seen(rows, Moments.of(rows))
+        last, before = self._last, self.moments.get(name)
+        if id(before) not in last.sums:
+            last.sums[id(before)] = before, last.moments if before is None else before + last.moments
+        self.moments[name] = last.sums[id(before)][1]
+        if self.keep:
+            kept = self.kept.setdefault(name, [])
+            if len(kept) not in last.parts:
+                last.parts[len(kept)] = self._chosen(rows, len(kept))
+            kept += last.parts[len(kept)]
+
+    def _chosen(self, rows: Tensor, kept: int) -> list[Tensor]:
         if self.ends:
             parts = [text.flip(0)[: -(-self.keep // self.texts)] for text in rows.chunk(self.texts)]
         else:
             stride = max(1, len(rows) // self.keep)
-            start = len(kept) * 7919 % stride  # other places at each call
-            parts = [rows[start::stride][: self.keep]]
-        kept += [part.to("cpu", torch.float32).clone() for part in parts]
+            parts = [rows[kept * 7919 % stride :: stride][: self.keep]]  # other places at each call
+        return [part.to("cpu", torch.float32).clone() for part in parts]
+
+    def put(self, scratch: Scratch | None) -> dict[str, list[Kept]]:
+        """The rows kept of every layer, in `scratch`; siblings share them."""
+        put: dict[int, Kept] = {}
+        for part in (part for parts in self.kept.values() for part in parts):
+            if id(part) not in put:
+                put[id(part)] = len(part), partial(_itself, part) if scratch is None else scratch.tensor(part)
+        return {name: [put[id(part)] for part in parts] for name, parts in self.kept.items()}
+
+
+@dataclass(frozen=True, eq=False)
+class _Seen:
+    """The rows of one call, and what siblings that are handed the same rows share."""
+
+    rows: Tensor
+    moments: Moments
+    sums: dict[int, tuple[Moments | None, Moments]] = field(default_factory=dict)  # by what was there before, which is kept alive
+    parts: dict[int, list[Tensor]] = field(default_factory=dict)  # by how many were there before
 
 
 def collect(
@@ -124,16 +156,20 @@ def collect(
     settings: Collection | None = None,
     merged: Mapping[str, Layer] | None = None,
     progress: Callable[[str], None] | None = None,
+    scratch: Scratch | None = None,
 ) -> dict[str, LayerStats]:
     """The statistics of one stage's layers `names` for all concepts, with the `merged` layers of earlier stages applied.
 
-    Raises PipelineError where a layer is not the pipeline's, FormatError on features that are not finite.
+    With `scratch` what does not fit into its memory goes to disk at the end of every concept and is read when it is asked for: until
+    `scratch` is closed the statistics can be used like any others. Raises PipelineError where a layer is not the pipeline's, FormatError
+    on features that are not finite, MergeError when the disk is full.
     """
     settings = settings or Collection()
     stage = _stage_of(pipeline, names)
     tokens = {token: rows for concept in concepts for token, rows in concept.adapter.tokens.items()}
     layered = any(len(rows) > 1 for rows in tokens.values())  # then every text counts once per layer, whoever brings the tokens
-    runs: dict[str, dict[str, _Recorder]] = {}
+    found: dict[str, dict[str, Mapping[str, Moments]]] = {"fit": {}, "held_out": {}}  # by kind and concept
+    kept: dict[str, dict[str, list[Kept]]] = {}
     preserve = _Recorder()
     keep, ends = _per_call(settings, stage), stage != "spatial" and not settings.padded
     with ExitStack() as stack, torch.inference_mode():
@@ -141,25 +177,28 @@ def collect(
         stack.enter_context(pipeline.with_tokens(tokens))
         for concept in concepts:
             own = {layer.name: layer for layer in concept.adapter if layer.name in set(names)}
-            runs[concept.name] = {"fit": _Recorder(keep, ends=ends), "held_out": _Recorder()}
             with pipeline.applied(own, scale=concept.weight):
                 fit = settings.fit[: settings.spatial] if stage == "spatial" else settings.fit
                 for kind, templates in (("fit", fit), ("held_out", settings.held_out)):
                     prompts = [template.replace("{}", concept.call) for template in templates]
-                    recorder = runs[concept.name][kind]
+                    recorder = _Recorder(keep, ends=ends) if kind == "fit" else _Recorder()
                     _record(pipeline, stage, names, prompts, settings, recorder, latents=LATENTS[kind], layered=layered)
+                    found[kind][concept.name] = recorder.moments if scratch is None else scratch.moments(recorder.moments)
+                    if kind == "fit":
+                        kept[concept.name] = recorder.put(scratch)
             if progress:
                 progress(concept.name)
         _record(pipeline, stage, names, list(settings.preserve), settings, preserve, latents=LATENTS["preserve"], layered=layered)
+        preserved = preserve.moments if scratch is None else scratch.moments(preserve.moments)
         if progress:
             progress("preservation")
     return {
         name: LayerStats(
             name,
-            {concept: recorders["fit"].moments[name] for concept, recorders in runs.items()},
-            {concept: recorders["held_out"].moments[name] for concept, recorders in runs.items() if settings.held_out},
-            preserve.moments.get(name),
-            _paired({concept: recorders["fit"].kept.get(name, []) for concept, recorders in runs.items()}, settings.sample),
+            {concept: moments[name] for concept, moments in found["fit"].items()},
+            {concept: moments[name] for concept, moments in found["held_out"].items() if settings.held_out},
+            preserved.get(name),
+            _paired({concept: parts.get(name, []) for concept, parts in kept.items()}, settings.sample),
         )
         for name in names
     }
@@ -211,9 +250,9 @@ def _record(
             pipeline.denoise(pipeline.encode(prompts), seeds=seeds, steps=settings.steps)
 
 
-def _paired(kept: Mapping[str, list[Tensor]], limit: int) -> dict[str, Tensor]:
+def _paired(kept: Mapping[str, list[Kept]], limit: int) -> Mapping[str, Tensor]:
     """The same number of rows of each part for every concept; at most `limit` rows."""
     if not limit or not all(kept.values()):
         return {}
-    counts = [min(len(rows) for rows in part) for part in zip(*kept.values(), strict=True)]
-    return {name: torch.cat([rows[:count] for rows, count in zip(parts, counts, strict=True)])[:limit] for name, parts in kept.items()}
+    counts = [min(count for count, _ in part) for part in zip(*kept.values(), strict=True)]
+    return Sample({name: [read for _, read in parts] for name, parts in kept.items()}, counts, limit)

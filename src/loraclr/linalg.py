@@ -17,7 +17,7 @@ from torch import Tensor
 from loraclr.errors import NumericalError
 
 JITTER = (1e-12, 1e-10, 1e-8)  # times the mean diagonal, tried in turn
-BLOCK = 512  # columns of a Gram computed at a time
+BLOCK = 256  # columns of a Gram computed at a time
 NULL = 1e-12  # eigenvalues of a Gram below this share of the largest are rounding, not signal
 
 
@@ -30,13 +30,16 @@ class Truncation(NamedTuple):
 
 
 def gram(rows: Tensor) -> Tensor:
-    """X^T X (in, in), float64, of rows (rows, in) of any float type: one half is computed, the other mirrored."""
+    """X^T X (in, in), float64, of rows (rows, in) of any float type: one half is computed, the other mirrored, so that it is symmetric
+    to the last bit."""
     rows = rows.detach().to(torch.float64)
     width = rows.shape[1]
     square = rows.new_empty(width, width)
     for start in range(0, width, BLOCK):
         stop = start + BLOCK
         part = rows[:, start:stop].T @ rows[:, :stop]
+        own = part[:, start:]
+        part[:, start:] = own.tril() + own.tril(-1).T
         square[start:stop, :stop] = part
         square[:start, start:stop] = part[:, :start].T
     return square

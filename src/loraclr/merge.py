@@ -30,6 +30,7 @@ from loraclr.methods import make_method
 from loraclr.methods.problem import AdapterMethod, LayerProblem, LayerSolution, Method, residuals
 from loraclr.pipeline import Pipeline
 from loraclr.predictions import model_problem
+from loraclr.scratch import Scratch, peak_memory
 from loraclr.statistics import LayerStats
 
 
@@ -69,6 +70,7 @@ class MergeResult:
     seed: int
     collection: Mapping[str, Any] | None
     seconds: Mapping[str, float] = field(default_factory=dict)
+    memory: Mapping[str, int | None] = field(default_factory=dict)  # bytes: the process's `peak` so far, and the most on the `disk`
 
     def mean_residual(self, kind: str = "held_out", *, concept: str | None = None) -> float:
         """The mean over layers and concepts (or of one concept) of the `fit` or `held_out` residual; NaN if none was measured."""
@@ -95,6 +97,7 @@ class MergeResult:
             "residual": {kind: _rounded(self.mean_residual(kind)) for kind in ("fit", "held_out")},
             "layers": [dataclasses.asdict(layer) for layer in self.layers],
             "seconds": dict(self.seconds),
+            "memory": dict(self.memory),
         }
         plain: dict[str, Any] = _plain(whole)
         return plain
@@ -147,6 +150,7 @@ def merge(
     measure: bool = False,
     name: str = "merged",
     progress: Callable[[str, float], None] | None = None,
+    scratch: str | Path | None = None,
 ) -> MergeResult:
     """Merge adapters (or their files) into one.
 
@@ -156,7 +160,8 @@ def merge(
     solution keeps its exact rank and a dense one gets the sum of the input ranks. `measure` collects statistics also for methods
     that need none, to report residuals. `collection` says what is collected; without it, methods that want all rows get the
     released code's prompts. `score` judges a merged adapter, higher is better, for a method that searches (`lorahub`). `progress` is
-    told a phase and its share done, 0..1. Raises MergeError, UsageError.
+    told a phase and its share done, 0..1. `scratch` is a folder for statistics that do not fit into memory, the system's for temporary
+    files without it; nothing stays there. Raises MergeError, UsageError.
     """
     started = time.perf_counter()
     solver = make_method(method, **(parameters or {})) if isinstance(method, str) else method
@@ -203,28 +208,31 @@ def merge(
         seconds["solve"] += time.perf_counter() - began
     merged: dict[str, Layer] = {}
     receipts: list[LayerReceipt] = []
+    spilled = 0
     for stage, names in enumerate(stages):
         statistics: dict[str, LayerStats] = {}
-        if collecting and base is not None:
-            began, done = time.perf_counter(), 0
+        with Scratch(scratch) as room:
+            if collecting and base is not None:
+                began, done = time.perf_counter(), 0
 
-            def tell(what: str, stage: int = stage) -> None:
-                nonlocal done
-                done += 1
+                def tell(what: str, stage: int = stage) -> None:
+                    nonlocal done
+                    done += 1
+                    if progress:
+                        progress(f"collecting stage {stage + 1} of {len(stages)}: {what}", done / (len(concepts) + 1))
+
+                statistics = collect(base, concepts, names, settings=settings, merged=merged, progress=tell, scratch=room)
+                seconds["collect"] += time.perf_counter() - began
+            began = time.perf_counter()
+            for index, layer in enumerate(names):
+                problem = _problem(layer, shapes, concepts, base, statistics.get(layer), seed)
+                solution = solved[layer] if isinstance(solver, AdapterMethod) else solver.solve(problem)
+                merged[layer], receipt = _receipt(problem, solution, solver.name, rank, stage)
+                receipts.append(receipt)
                 if progress:
-                    progress(f"collecting stage {stage + 1} of {len(stages)}: {what}", done / (len(concepts) + 1))
-
-            statistics = collect(base, concepts, names, settings=settings, merged=merged, progress=tell)
-            seconds["collect"] += time.perf_counter() - began
-        began = time.perf_counter()
-        for index, layer in enumerate(names):
-            problem = _problem(layer, shapes, concepts, base, statistics.get(layer), seed)
-            solution = solved[layer] if isinstance(solver, AdapterMethod) else solver.solve(problem)
-            merged[layer], receipt = _receipt(problem, solution, solver.name, rank, stage)
-            receipts.append(receipt)
-            if progress:
-                progress(f"solving stage {stage + 1} of {len(stages)}", (index + 1) / len(names))
-        seconds["solve"] += time.perf_counter() - began
+                    progress(f"solving stage {stage + 1} of {len(stages)}", (index + 1) / len(names))
+            seconds["solve"] += time.perf_counter() - began
+            spilled = max(spilled, room.written)
     return MergeResult(
         Adapter(
             merged,
@@ -258,6 +266,7 @@ def merge(
         seed,
         dataclasses.asdict(settings) if collecting or prompted else None,
         {key: round(value, 3) for key, value in seconds.items()},
+        {"peak": peak_memory(), "disk": spilled},
     )
 
 
@@ -382,7 +391,7 @@ def _receipt(problem: LayerProblem, solution: LayerSolution, method: str, rank: 
 
 
 def _residuals(problem: LayerProblem, up: torch.Tensor, down: torch.Tensor) -> dict[str, float]:
-    return residuals(problem, up @ down) if problem.statistics is not None else {}
+    return residuals(problem, (up, down))
 
 
 def file_factors(problem: LayerProblem, solution: LayerSolution, rank: int | None = None) -> Truncation:

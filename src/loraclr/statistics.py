@@ -42,31 +42,45 @@ class Moments:
     def empty(width: int) -> Moments:
         return Moments(width, 0, torch.zeros(0, width, dtype=torch.float64), None)
 
+    @property
+    def few(self) -> bool:
+        """Whether it is the rows that are kept."""
+        return self.rows is not None
+
+    def loaded(self) -> Moments:
+        """The same in memory: itself, but for moments on disk (scratch.py). One at a time is what keeps a solve small."""
+        return self
+
     def gram(self) -> Tensor:
         """X^T X, (in, in) float64."""
-        if self.square is not None:
-            return self.square
-        assert self.rows is not None
-        return linalg.gram(self.rows)
+        return linalg.gram(rows) if (rows := self.rows) is not None else _present(self.square)
 
     def energy(self, delta: Tensor) -> float:
         """||X D^T||_F^2 for a delta D (out, in)."""
         delta = delta.to(torch.float64)
-        if self.rows is not None:
-            return float((self.rows @ delta.T).square().sum())
+        if (rows := self.rows) is not None:
+            return float((rows @ delta.T).square().sum())
         return float(((delta @ self.gram()) * delta).sum())
+
+    def inner(self, down: Tensor) -> Tensor:
+        """A G A^T (k, k) for a float64 A (k, in): ||X (B A)^T||^2 is the sum of it times B^T B, without any (out, in)."""
+        if (rows := self.rows) is not None:
+            seen = rows @ down.T
+            return seen.T @ seen
+        return (down @ self.gram()) @ down.T
 
     def scaled(self, factor: float) -> Moments:
         """Every row multiplied by sqrt(factor): X^T X times factor, the count unchanged."""
-        rows = None if self.rows is None else self.rows * factor**0.5
-        return Moments(self.width, self.count, rows, None if self.square is None else self.square * factor)
+        if (rows := self.rows) is not None:
+            return Moments(self.width, self.count, rows * factor**0.5, None)
+        return Moments(self.width, self.count, None, self.gram() * factor)
 
     def __add__(self, other: Moments) -> Moments:
         if self.width != other.width:
             raise ValueError(f"moments of width {self.width} and {other.width} do not add")
         count = self.count + other.count
-        if self.rows is not None and other.rows is not None:
-            rows = torch.cat([self.rows, other.rows])
+        if self.few and other.few:
+            rows = torch.cat([_present(self.rows), _present(other.rows)])
             return Moments(self.width, count, rows, None) if count < self.width else Moments(self.width, count, None, linalg.gram(rows))
         return Moments(self.width, count, None, self.gram() + other.gram())
 
@@ -108,6 +122,11 @@ class LayerStats:
         )
 
 
+def _present(tensor: Tensor | None) -> Tensor:
+    assert tensor is not None
+    return tensor
+
+
 def _sum(a: Mapping[str, Moments], b: Mapping[str, Moments]) -> dict[str, Moments]:
     summed = dict(a)
     for key, moments in b.items():
@@ -121,9 +140,8 @@ def save_statistics(statistics: Mapping[str, LayerStats], path: str | Path) -> N
     counts: dict[str, str] = {}
 
     def put(key: str, moments: Moments) -> None:
-        tensors[f"{key}/{'rows' if moments.rows is not None else 'gram'}"] = (
-            moments.rows if moments.rows is not None else moments.gram()
-        ).clone()  # layers may share one tensor, which safetensors refuses
+        tensor = _present(moments.rows) if moments.few else moments.gram()
+        tensors[f"{key}/{'rows' if moments.few else 'gram'}"] = tensor.clone()  # layers may share one tensor, which safetensors refuses
         counts[key] = str(moments.count)
 
     for name, stats in statistics.items():

@@ -47,6 +47,10 @@ def merge(
     dtype: Annotated[Literal["fp16", "fp32"], typer.Option(help="Precision of the output.")] = "fp16",
     seed: Annotated[int, typer.Option(help="Of the noise that features are collected on.")] = 0,
     measure: Annotated[bool, typer.Option("--measure", help="Report residuals also for methods that need no features.")] = False,
+    scratch: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Where statistics go that do not fit into memory; nothing stays.", show_default="beside OUT"),
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing OUT.")] = False,
     json: Annotated[bool, typer.Option("--json", help="Print the receipt as JSON.")] = False,
 ) -> None:
@@ -82,6 +86,7 @@ def merge(
             measure=measure,
             name=output.name if format == "peft" else output.stem,
             progress=tell,
+            scratch=scratch or output.absolute().parent,
         )
     written = result.save(output, format=format, dtype={"fp16": torch.float16, "fp32": torch.float32}[dtype])
     sidecar = next((path for path in _companions(written)[1:] if path.exists()), None)
@@ -125,6 +130,8 @@ def _show(result: MergeResult, written: Path, sidecar: Path | None) -> None:
         show.out.print(f"{layer.layer}: {layer.advice}", style="yellow", markup=False)
     if len(advised) > 3:
         show.out.print(f"and advice on {len(advised) - 3} more layers in the receipt", style="yellow")
+    if peak := result.memory.get("peak"):
+        show.out.print(f"peak memory {peak / 1e9:.1f} GB, {(result.memory['disk'] or 0) / 1e9:.1f} GB on disk", style="dim", markup=False)
     show.out.print(f"written: {written}\nreceipt: {written.name}.json", markup=False)
     if sidecar is not None:
         show.out.print(f"learned tokens: {sidecar} (keep it beside the merged file)", markup=False)
