@@ -54,6 +54,9 @@ class Concept:
 
 
 ALL_ROWS = 1 << 31
+PRECISIONS = ("float32", "bfloat16")
+PIXELS = 2 * 512 * 512  # of the pictures that go through the UNet at once: what its passes and rows take stays small
+TEXTS = 32  # prompts through a text encoder at once
 
 
 @dataclass(frozen=True)
@@ -68,6 +71,9 @@ class Collection:
     sample: int = 64  # paired rows kept per concept and layer
     seed: int = 0  # of the latents, the same for every concept
     spatial: int | None = 3  # how many of the fit templates also run the UNet; None: all
+    spatial_held_out: int | None = None  # of the held-out templates
+    spatial_preserve: int | None = None  # and of the prompts without any concept
+    precision: str = "float32"  # of the UNet's passes; "bfloat16" halves their time where the processor has it
 
     def __post_init__(self) -> None:
         wrong = [template for template in (*self.fit, *self.held_out) if template.count("{}") != 1]
@@ -78,11 +84,17 @@ class Collection:
                 f"steps {self.steps}, sample {self.sample}, seed {self.seed}, spatial {self.spatial}: steps and spatial are at least 1, "
                 "sample and seed at least 0"
             )
+        if any(count is not None and count < 0 for count in (self.spatial_held_out, self.spatial_preserve)):
+            raise UsageError(f"spatial_held_out {self.spatial_held_out}, spatial_preserve {self.spatial_preserve}: give 0 or more, or None")
+        if self.precision not in PRECISIONS:
+            raise UsageError(f"precision {self.precision!r}: give one of {', '.join(PRECISIONS)}")
 
 
 # The released code's prompts: no padding, one of them through the UNet, every row kept as it is. It differs in one thing: for keys and
 # values the released code drops the begin mark and ordinary words, here all tokens count.
 PAPER = Collection(fit=("photo of a {}", "{}"), steps=20, sample=ALL_ROWS, spatial=1)
+# A tenth of the default's passes: for real pictures on a processor without a GPU.
+QUICK = Collection(steps=4, spatial=1, spatial_held_out=0, spatial_preserve=8, precision="bfloat16")
 LATENTS = {"fit": 0, "held_out": 1000, "preserve": 2000}  # added to the seed: what judges must not start from what was learned from
 
 
@@ -171,15 +183,18 @@ def collect(
     found: dict[str, dict[str, Mapping[str, Moments]]] = {"fit": {}, "held_out": {}}  # by kind and concept
     kept: dict[str, dict[str, list[Kept]]] = {}
     preserve = _Recorder()
-    keep, ends = _per_call(settings, stage), stage != "spatial" and not settings.padded
+    fit, held_out, free = settings.fit, settings.held_out, settings.preserve
+    if stage == "spatial":
+        fit, held_out, free = fit[: settings.spatial], held_out[: settings.spatial_held_out], free[: settings.spatial_preserve]
+    calls = settings.steps * len(_portions(pipeline, fit)) if stage == "spatial" else len(fit)
+    keep, ends = -(-settings.sample // calls), stage != "spatial" and not settings.padded
     with ExitStack() as stack, torch.inference_mode():
         stack.enter_context(pipeline.applied(dict(merged or {})))
         stack.enter_context(pipeline.with_tokens(tokens))
         for concept in concepts:
             own = {layer.name: layer for layer in concept.adapter if layer.name in set(names)}
             with pipeline.applied(own, scale=concept.weight):
-                fit = settings.fit[: settings.spatial] if stage == "spatial" else settings.fit
-                for kind, templates in (("fit", fit), ("held_out", settings.held_out)):
+                for kind, templates in (("fit", fit), ("held_out", held_out)):
                     prompts = [template.replace("{}", concept.call) for template in templates]
                     recorder = _Recorder(keep, ends=ends) if kind == "fit" else _Recorder()
                     _record(pipeline, stage, names, prompts, settings, recorder, latents=LATENTS[kind], layered=layered)
@@ -188,7 +203,7 @@ def collect(
                         kept[concept.name] = recorder.put(scratch)
             if progress:
                 progress(concept.name)
-        _record(pipeline, stage, names, list(settings.preserve), settings, preserve, latents=LATENTS["preserve"], layered=layered)
+        _record(pipeline, stage, names, list(free), settings, preserve, latents=LATENTS["preserve"], layered=layered)
         preserved = preserve.moments if scratch is None else scratch.moments(preserve.moments)
         if progress:
             progress("preservation")
@@ -196,7 +211,7 @@ def collect(
         name: LayerStats(
             name,
             {concept: moments[name] for concept, moments in found["fit"].items()},
-            {concept: moments[name] for concept, moments in found["held_out"].items() if settings.held_out},
+            {concept: moments[name] for concept, moments in found["held_out"].items() if held_out},
             preserved.get(name),
             _paired({concept: parts.get(name, []) for concept, parts in kept.items()}, settings.sample),
         )
@@ -213,9 +228,11 @@ def _stage_of(pipeline: Pipeline, names: Sequence[str]) -> str:
     return "spatial" if pipeline.cross_attention_index(names[0]) is None else "keys"
 
 
-def _per_call(settings: Collection, stage: str) -> int:
-    calls = settings.steps if stage == "spatial" else len(settings.fit)  # the UNet takes all prompts at once
-    return -(-settings.sample // calls)
+def _portions(pipeline: Pipeline, prompts: Sequence[str]) -> list[list[int]]:
+    """Which prompts go through the UNet together."""
+    height, width = pipeline.check_settings(seeds=(), steps=1, guidance=1, size=None)
+    most = max(1, PIXELS // (height * width))
+    return [list(range(start, min(start + most, len(prompts)))) for start in range(0, len(prompts), most)]
 
 
 def _record(
@@ -231,23 +248,71 @@ def _record(
 ) -> None:
     if not prompts:
         return
+    if stage == "spatial":
+        half = settings.precision == "bfloat16"
+        for portion in _portions(pipeline, prompts):
+            seeds = [settings.seed + latents + index for index in portion]
+            states = pipeline.encode([prompts[index] for index in portion])
+            with pipeline.captured(names, recorder.add), torch.autocast(pipeline.device.type, torch.bfloat16, enabled=half):
+                pipeline.denoise(states, seeds=seeds, steps=settings.steps)
+    elif layered:
+        _record_layered(pipeline, stage, names, prompts, settings, recorder)
+    else:
+        seen: list[list[tuple[str, Tensor]]] = [[] for _ in prompts]  # of each prompt, so that their order is that of the prompts
+        for together in _alike(pipeline, prompts, padded=settings.padded):
+            said = [prompts[index] for index in together]
+            if stage == "text":
+                with pipeline.captured(names, _Split([seen[index] for index in together]).add):
+                    pipeline.encode(said, pad=settings.padded)
+            else:
+                for index, states in zip(together, pipeline.encode(said, pad=settings.padded), strict=True):
+                    seen[index] = [(name, states) for name in names]
+        for calls in seen:
+            for name, rows in calls:
+                recorder.add(name, rows)
+
+
+def _record_layered(
+    pipeline: Pipeline, stage: str, names: Sequence[str], prompts: list[str], settings: Collection, recorder: _Recorder
+) -> None:
+    """One prompt at a time, each as many texts as there are cross-attention layers."""
+    layers = len(pipeline.cross_attention_layers)
     if stage == "text":
-        recorder.texts = len(pipeline.cross_attention_layers) if layered else 1
+        recorder.texts = layers
         with pipeline.captured(names, recorder.add):
             for prompt in prompts:
-                pipeline.encode([prompt], pad=settings.padded, layered=layered)
-    elif stage == "keys":
-        for prompt in prompts:
-            states = pipeline.encode([prompt], pad=settings.padded)[0]  # (tokens, dim) or (layers, tokens, dim)
-            by_layer = list(states) if states.ndim == 3 else [states] * len(pipeline.cross_attention_layers)
-            for name in names:
-                index = pipeline.cross_attention_index(name)
-                assert index is not None  # or the layer would be of another stage
-                recorder.add(name, by_layer[index])
-    else:
-        seeds = [settings.seed + latents + index for index in range(len(prompts))]
-        with pipeline.captured(names, recorder.add):
-            pipeline.denoise(pipeline.encode(prompts), seeds=seeds, steps=settings.steps)
+                pipeline.encode([prompt], pad=settings.padded, layered=True)
+        return
+    for prompt in prompts:
+        states = pipeline.encode([prompt], pad=settings.padded)[0]  # (tokens, dim) or (layers, tokens, dim)
+        by_layer = list(states) if states.ndim == 3 else [states] * layers
+        for name in names:
+            index = pipeline.cross_attention_index(name)
+            assert index is not None  # or the layer would be of another stage
+            recorder.add(name, by_layer[index])
+
+
+def _alike(pipeline: Pipeline, prompts: Sequence[str], *, padded: bool) -> list[list[int]]:
+    """Which prompts go through the text encoder together: without padding, those of as many tokens."""
+    by_length: dict[int, list[int]] = {}
+    for index, prompt in enumerate(prompts):
+        length = pipeline.text_length if padded else min(pipeline.token_count(prompt), pipeline.text_length)
+        by_length.setdefault(length, []).append(index)
+    return [alike[start : start + TEXTS] for alike in by_length.values() for start in range(0, len(alike), TEXTS)]
+
+
+class _Split:
+    """Hands the rows of a batch of equally long texts to the list of each; siblings' rows stay the very same tensor."""
+
+    def __init__(self, texts: Sequence[list[tuple[str, Tensor]]]) -> None:
+        self.texts = texts
+        self._last: tuple[Tensor, tuple[Tensor, ...]] | None = None
+
+    def add(self, name: str, rows: Tensor) -> None:
+        if self._last is None or self._last[0] is not rows:
+            self._last = rows, rows.chunk(len(self.texts))
+        for seen, part in zip(self.texts, self._last[1], strict=True):
+            seen.append((name, part))
 
 
 def _paired(kept: Mapping[str, list[Kept]], limit: int) -> Mapping[str, Tensor]:

@@ -194,15 +194,17 @@ def residuals(problem: LayerProblem, delta: Tensor | tuple[Tensor, Tensor]) -> d
     if problem.statistics is None:
         return {}
     up, down = linalg.identity_factors(delta.double()) if isinstance(delta, Tensor) else (delta[0].double(), delta[1].double())
-    rank, found = down.shape[0], {}
-    for concept, (own_up, own_down) in zip(problem.concepts, problem.factors, strict=True):
-        both, apart = torch.cat([down, own_down]), torch.cat([up, -own_up], 1)
+    rank, square, found = up.shape[1], up.T @ up, {}
+    mixed = (up.T @ torch.cat([own for own, _ in problem.factors], 1)).split([own.shape[1] for own, _ in problem.factors], 1)
+    for concept, cross, (own_up, own_down) in zip(problem.concepts, mixed, problem.factors, strict=True):
+        own, both = own_up.T @ own_up, torch.cat([down, own_down])
         for kind, moments in (("fit", problem.statistics.fit), ("held_out", problem.statistics.held_out)):
-            if concept not in moments:
+            if concept not in moments or not own.shape[1]:
                 continue
-            inner = moments[concept].inner(both)
-            if (energy := float(((own_up.T @ own_up) * inner[rank:, rank:]).sum())) > 0:
-                found[f"{kind}/{concept}"] = (max(float(((apart.T @ apart) * inner).sum()), 0.0) / energy) ** 0.5
+            inner = moments[concept].inner(both)  # of [D, D_i]; what is measured is D - D_i
+            if (energy := float((own * inner[rank:, rank:]).sum())) > 0:
+                apart = float((square * inner[:rank, :rank]).sum() - 2 * (cross * inner[:rank, rank:]).sum()) + energy
+                found[f"{kind}/{concept}"] = (max(apart, 0.0) / energy) ** 0.5
     return found
 
 
