@@ -122,10 +122,10 @@ class _Recorder:
 
     def add(self, name: str, rows: Tensor) -> None:
         if self._last is None or self._last.rows is not rows:
-            self._last = _Seen(rows, Moments.of(rows))
+            self._last = _Seen(rows)
         last, before = self._last, self.moments.get(name)
         if id(before) not in last.sums:
-            last.sums[id(before)] = before, last.moments if before is None else before + last.moments
+            last.sums[id(before)] = before, Moments.of(rows) if before is None else before.extended(rows)
         self.moments[name] = last.sums[id(before)][1]
         if self.keep:
             kept = self.kept.setdefault(name, [])
@@ -155,7 +155,6 @@ class _Seen:
     """The rows of one call, and what siblings that are handed the same rows share."""
 
     rows: Tensor
-    moments: Moments
     sums: dict[int, tuple[Moments | None, Moments]] = field(default_factory=dict)  # by what was there before, which is kept alive
     parts: dict[int, list[Tensor]] = field(default_factory=dict)  # by how many were there before
 

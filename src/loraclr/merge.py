@@ -211,28 +211,29 @@ def merge(
     spilled = 0
     for stage, names in enumerate(stages):
         statistics: dict[str, LayerStats] = {}
-        with Scratch(scratch) as room:
-            if collecting and base is not None:
-                began, done = time.perf_counter(), 0
+        room = Scratch(scratch)  # closed by itself where an error ends the merge
+        if collecting and base is not None:
+            began, done = time.perf_counter(), 0
 
-                def tell(what: str, stage: int = stage) -> None:
-                    nonlocal done
-                    done += 1
-                    if progress:
-                        progress(f"collecting stage {stage + 1} of {len(stages)}: {what}", done / (len(concepts) + 1))
-
-                statistics = collect(base, concepts, names, settings=settings, merged=merged, progress=tell, scratch=room)
-                seconds["collect"] += time.perf_counter() - began
-            began = time.perf_counter()
-            for index, layer in enumerate(names):
-                problem = _problem(layer, shapes, concepts, base, statistics.get(layer), seed)
-                solution = solved[layer] if isinstance(solver, AdapterMethod) else solver.solve(problem)
-                merged[layer], receipt = _receipt(problem, solution, solver.name, rank, stage)
-                receipts.append(receipt)
+            def tell(what: str, stage: int = stage) -> None:
+                nonlocal done
+                done += 1
                 if progress:
-                    progress(f"solving stage {stage + 1} of {len(stages)}", (index + 1) / len(names))
-            seconds["solve"] += time.perf_counter() - began
-            spilled = max(spilled, room.written)
+                    progress(f"collecting stage {stage + 1} of {len(stages)}: {what}", done / (len(concepts) + 1))
+
+            statistics = collect(base, concepts, names, settings=settings, merged=merged, progress=tell, scratch=room)
+            seconds["collect"] += time.perf_counter() - began
+        began = time.perf_counter()
+        for index, layer in enumerate(names):
+            problem = _problem(layer, shapes, concepts, base, statistics.get(layer), seed)
+            solution = solved[layer] if isinstance(solver, AdapterMethod) else solver.solve(problem)
+            merged[layer], receipt = _receipt(problem, solution, solver.name, rank, stage)
+            receipts.append(receipt)
+            if progress:
+                progress(f"solving stage {stage + 1} of {len(stages)}", (index + 1) / len(names))
+        seconds["solve"] += time.perf_counter() - began
+        spilled = max(spilled, room.written)
+        room.close()
     return MergeResult(
         Adapter(
             merged,
@@ -375,6 +376,7 @@ def _receipt(problem: LayerProblem, solution: LayerSolution, method: str, rank: 
         up.view(*up.shape, *([1, 1] if len(problem.shape) == 4 else [])),
     )
     moments = list(problem.statistics.fit.values()) if problem.statistics else []
+    diagnostics = {**solution.diagnostics, **({"sketched": True} if any(m.sketched for m in moments) else {})}  # else exact
     return layer, LayerReceipt(
         problem.layer,
         stage,
@@ -386,7 +388,7 @@ def _receipt(problem: LayerProblem, solution: LayerSolution, method: str, rank: 
         solution.status,
         solution.advice,
         {key: _rounded(value) for key, value in _residuals(problem, up, down).items()},
-        {key: _rounded(value) if isinstance(value, float) else value for key, value in solution.diagnostics.items()},
+        {key: _rounded(value) if isinstance(value, float) else value for key, value in diagnostics.items()},
     )
 
 

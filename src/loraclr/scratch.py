@@ -31,8 +31,8 @@ class Scratch:
 
     def __init__(self, folder: str | Path | None = None, *, memory: int = MEMORY) -> None:
         """Raises MergeError where `folder` is no folder that can be written to, before any work."""
-        self.folder, self.left, self.written = folder, memory, 0
         self._open: IO[bytes] | None = None
+        self.folder, self.left, self.written = folder, memory, 0
         if folder is not None:
             _ = self._file
 
@@ -57,6 +57,9 @@ class Scratch:
         """Gives the space back. What was written cannot be read any more."""
         if self._open is not None:
             self._open.close()
+
+    def __del__(self) -> None:
+        self.close()
 
     def tensor(self, tensor: Tensor) -> Read:
         """What returns this tensor. Raises MergeError when the disk is full."""
@@ -84,8 +87,8 @@ class Scratch:
         if moments.rows is not None:
             single = moments.rows.float()  # exact: features are collected in float32
             exact = torch.equal(single.double(), moments.rows)
-            return StoredMoments(moments.width, moments.count, True, self.tensor(single if exact else moments.rows))
-        return StoredMoments(moments.width, moments.count, False, partial(_whole, self.tensor(_half(tensor)), moments.width))
+            return StoredMoments(moments, self.tensor(single if exact else moments.rows))
+        return StoredMoments(moments, partial(_whole, self.tensor(_half(tensor)), moments.width))
 
     def _write(self, tensor: Tensor) -> int:
         start = self.written
@@ -115,17 +118,23 @@ class Scratch:
 class StoredMoments(Moments):
     """Moments that are read when they are asked for, each time anew: a model's worth of them takes no memory."""
 
-    def __init__(self, width: int, count: int, few: bool, read: Read) -> None:
-        object.__setattr__(self, "width", width)
-        object.__setattr__(self, "count", count)
-        object.__setattr__(self, "_few", few)
+    def __init__(self, moments: Moments, read: Read) -> None:
+        for name in ("width", "count", "sketched"):
+            object.__setattr__(self, name, getattr(moments, name))
+        object.__setattr__(self, "_few", moments.few)
+        object.__setattr__(self, "_kept", moments.kept)
         object.__setattr__(self, "_stored", read)
         self._few: bool
+        self._kept: int
         self._stored: Read
 
     @property
     def few(self) -> bool:
         return self._few
+
+    @property
+    def kept(self) -> int:
+        return self._kept
 
     @property
     def rows(self) -> Tensor | None:
@@ -136,7 +145,7 @@ class StoredMoments(Moments):
         return None if self._few else self._stored()
 
     def loaded(self) -> Moments:
-        return Moments(self.width, self.count, self.rows, self.square)
+        return Moments(self.width, self.count, self.rows, self.square, self.sketched)
 
 
 class Sample(Mapping[str, Tensor]):

@@ -18,23 +18,33 @@ from torch import Tensor
 from loraclr import linalg
 from loraclr.errors import FormatError
 
+WIDEST = 5120  # input features up to which Grams are exact: 0.2 GB. Wider are only the 3x3 convolutions of large UNets
+SKETCH = 512  # rows that stand for all rows of a wider layer
+
 
 @dataclass(frozen=True, eq=False)
 class Moments:
-    """Second moments of some feature rows: `rows` (count, in) while count < in, else `square` = X^T X (in, in), float64."""
+    """Second moments of some feature rows: `rows` (count, in) while count < in, else `square` = X^T X (in, in), float64.
+
+    With more than WIDEST inputs and more than SKETCH rows, `rows` are a `sketched` stand-in (SKETCH, in): each is a sum of randomly
+    chosen rows with random signs (Charikar et al. 2002), so that X^T X is right on average and ||X d|| to about sqrt(1 / (2 SKETCH)), 3 %.
+    """
 
     width: int
     count: int
     rows: Tensor | None
     square: Tensor | None
+    sketched: bool = False
 
     @staticmethod
     def of(rows: Tensor) -> Moments:
         """Of rows (count, in) of any float type. Moments add: streaming is a running sum. Raises FormatError on NaN or infinity."""
-        rows = rows.detach().to(torch.float64)
         if not bool(torch.isfinite(rows).all()):
             raise FormatError("features hold NaN or infinity: run the base in float32")
         count, width = rows.shape
+        if width > WIDEST and count > SKETCH:
+            return Moments(width, count, _sketch(rows, 0), None, True)
+        rows = rows.detach().to(torch.float64)
         few = count < width
         return Moments(width, count, rows.cpu() if few else None, None if few else linalg.gram(rows).cpu())
 
@@ -44,8 +54,22 @@ class Moments:
 
     @property
     def few(self) -> bool:
-        """Whether it is the rows that are kept."""
+        """Whether it is rows that are kept."""
         return self.rows is not None
+
+    @property
+    def kept(self) -> int:
+        """How many rows are kept, or went into the Gram."""
+        return self.count if (rows := self.rows) is None else len(rows)
+
+    def extended(self, rows: Tensor) -> Moments:
+        """With more rows (count, in) of the same run. For a sketch that is not a sum of two: it stays as small as it is."""
+        if self.width <= WIDEST or self.count + len(rows) <= SKETCH:
+            return self + Moments.of(rows)
+        if not bool(torch.isfinite(rows).all()):
+            raise FormatError("features hold NaN or infinity: run the base in float32")
+        before = _present(self.rows) if self.sketched else _sketch(_present(self.rows), 0)
+        return Moments(self.width, self.count + len(rows), before + _sketch(rows, self.count), None, True)
 
     def loaded(self) -> Moments:
         """The same in memory: itself, but for moments on disk (scratch.py). One at a time is what keeps a solve small."""
@@ -72,17 +96,18 @@ class Moments:
     def scaled(self, factor: float) -> Moments:
         """Every row multiplied by sqrt(factor): X^T X times factor, the count unchanged."""
         if (rows := self.rows) is not None:
-            return Moments(self.width, self.count, rows * factor**0.5, None)
-        return Moments(self.width, self.count, None, self.gram() * factor)
+            return Moments(self.width, self.count, rows * factor**0.5, None, self.sketched)
+        return Moments(self.width, self.count, None, self.gram() * factor, self.sketched)
 
     def __add__(self, other: Moments) -> Moments:
         if self.width != other.width:
             raise ValueError(f"moments of width {self.width} and {other.width} do not add")
         count = self.count + other.count
         if self.few and other.few:
-            rows = torch.cat([_present(self.rows), _present(other.rows)])
-            return Moments(self.width, count, rows, None) if count < self.width else Moments(self.width, count, None, linalg.gram(rows))
-        return Moments(self.width, count, None, self.gram() + other.gram())
+            rows, sketched = torch.cat([_present(self.rows), _present(other.rows)]), self.sketched or other.sketched
+            few = len(rows) < self.width
+            return Moments(self.width, count, rows if few else None, None if few else linalg.gram(rows), sketched)
+        return Moments(self.width, count, None, self.gram() + other.gram(), self.sketched or other.sketched)
 
 
 @dataclass(frozen=True, eq=False)
@@ -122,6 +147,19 @@ class LayerStats:
         )
 
 
+def _sketch(rows: Tensor, first: int) -> Tensor:
+    """(SKETCH, in) float64: every row, with a random sign, added to a random one. `first` is the place of rows[0] in the stream, which
+    decides both: rows at other places get independent ones."""
+    draw = torch.Generator().manual_seed(first)
+    places = torch.randint(SKETCH, (len(rows),), generator=draw)
+    signs = torch.randint(2, (len(rows), 1), generator=draw) * 2.0 - 1.0
+    sums = torch.zeros(SKETCH, rows.shape[1], dtype=torch.float64)
+    for start in range(0, len(rows), SKETCH):  # a part at a time: what is wide is large
+        part = slice(start, start + SKETCH)
+        sums.index_add_(0, places[part], rows[part].detach().cpu().double() * signs[part])
+    return sums
+
+
 def _present(tensor: Tensor | None) -> Tensor:
     assert tensor is not None
     return tensor
@@ -142,7 +180,7 @@ def save_statistics(statistics: Mapping[str, LayerStats], path: str | Path) -> N
     def put(key: str, moments: Moments) -> None:
         tensor = _present(moments.rows) if moments.few else moments.gram()
         tensors[f"{key}/{'rows' if moments.few else 'gram'}"] = tensor.clone()  # layers may share one tensor, which safetensors refuses
-        counts[key] = str(moments.count)
+        counts[key] = f"{moments.count} sketched" if moments.sketched else str(moments.count)
 
     for name, stats in statistics.items():
         for kind in ("fit", "held_out"):
@@ -171,9 +209,9 @@ def load_statistics(path: str | Path) -> dict[str, LayerStats]:
                 continue
             if form not in ("rows", "gram") or f"{name}/{kind}/{concept}" not in counts:
                 raise FormatError(f"{path}: {key!r} is not a statistics key; collect the statistics again")
-            count = int(counts[f"{name}/{kind}/{concept}"])
+            count, _, sketched = counts[f"{name}/{kind}/{concept}"].partition(" ")
             rows, square = (tensor, None) if form == "rows" else (None, tensor)
-            layer[kind][concept] = Moments(tensor.shape[1], count, rows, square)
+            layer[kind][concept] = Moments(tensor.shape[1], int(count), rows, square, bool(sketched))
     return {
         name: LayerStats(name, layer["fit"], layer["held_out"], layer["preserve"].get(""), samples.get(name, {}))
         for name, layer in parts.items()

@@ -195,7 +195,9 @@ def residuals(problem: LayerProblem, delta: Tensor | tuple[Tensor, Tensor]) -> d
         return {}
     up, down = linalg.identity_factors(delta.double()) if isinstance(delta, Tensor) else (delta[0].double(), delta[1].double())
     rank, square, found = up.shape[1], up.T @ up, {}
-    mixed = (up.T @ torch.cat([own for own, _ in problem.factors], 1)).split([own.shape[1] for own, _ in problem.factors], 1)
+    mixed = torch.split_with_sizes(
+        up.T @ torch.cat([own for own, _ in problem.factors], 1), [own.shape[1] for own, _ in problem.factors], 1
+    )
     for concept, cross, (own_up, own_down) in zip(problem.concepts, mixed, problem.factors, strict=True):
         own, both = own_up.T @ own_up, torch.cat([down, own_down])
         for kind, moments in (("fit", problem.statistics.fit), ("held_out", problem.statistics.held_out)):

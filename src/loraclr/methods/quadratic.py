@@ -56,8 +56,8 @@ class Quadratic:
         parts = list(zip(fit, shares, strict=True))
         if preservation > 0:
             parts.append(_preserve(problem, preservation * number, normalise))
-        count = sum(moments.count for moments, _ in parts)
-        sums = _Sums(width, dual=count < width and all(moments.few for moments, _ in parts))
+        kept = sum(moments.kept for moments, _ in parts)
+        sums = _Sums(width, dual=kept < width and all(moments.few for moments, _ in parts))
         trace = constant = 0.0
         blocks, outputs = [], []
         ups, downs = zip(*problem.factors, strict=True)
