@@ -28,6 +28,18 @@ def test_streaming_is_the_same_in_any_portions(cuts):
     assert (moments.rows is not None) == (len(rows) < 6)  # fewer rows than features: the rows are smaller
 
 
+@pytest.mark.parametrize("cuts", [[3, 2, 9], [9, 1], [5, 1], [6, 6]])
+def test_a_run_sums_up_as_its_moments_do(cuts):
+    rows = draw(sum(cuts), 6)
+    run, summed = Moments.empty(6), Moments.empty(6)
+    for part in rows.split(cuts):
+        run, summed = run.extended(part), summed + Moments.of(part)
+    assert (run.count, run.kept, run.few) == (summed.count, summed.kept, summed.few)
+    assert torch.allclose(run.gram(), summed.gram(), rtol=1e-12) and torch.equal(run.loaded().gram(), run.gram())
+    assert torch.equal(run.half(), run.loaded().half())
+    assert torch.allclose((run + run).gram(), 2 * summed.gram(), rtol=1e-12)
+
+
 def test_by_hand():
     moments = Moments.of(torch.tensor([[1.0, 2.0], [0.0, 3.0]]))
     assert moments.gram().tolist() == [[1.0, 2.0], [2.0, 13.0]]

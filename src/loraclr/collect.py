@@ -125,7 +125,7 @@ class _Recorder:
             self._last = _Seen(rows)
         last, before = self._last, self.moments.get(name)
         if id(before) not in last.sums:
-            last.sums[id(before)] = before, Moments.of(rows) if before is None else before.extended(rows)
+            last.sums[id(before)] = before, (before or Moments.empty(rows.shape[1])).extended(rows)
         self.moments[name] = last.sums[id(before)][1]
         if self.keep:
             kept = self.kept.setdefault(name, [])

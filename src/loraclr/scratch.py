@@ -21,7 +21,7 @@ from loraclr import linalg
 from loraclr.errors import MergeError
 from loraclr.statistics import Moments
 
-MEMORY = 256 << 20  # bytes that stay in memory before the disk is used
+MEMORY = 64 << 20  # bytes that stay in memory before the disk is used
 
 Read = Callable[[], Tensor]
 
@@ -78,17 +78,16 @@ class Scratch:
         return {name: kept[id(moments)] for name, moments in seen.items()}
 
     def _moments(self, moments: Moments) -> Moments:
-        tensor = moments.rows if moments.square is None else moments.square
-        assert tensor is not None
+        rows = moments.rows
+        tensor = moments.half() if rows is None else rows
         size = tensor.numel() * tensor.element_size()
         if size <= self.left:
             self.left -= size
             return moments
-        if moments.rows is not None:
-            single = moments.rows.float()  # exact: features are collected in float32
-            exact = torch.equal(single.double(), moments.rows)
-            return StoredMoments(moments, self.tensor(single if exact else moments.rows))
-        return StoredMoments(moments, partial(_whole, self.tensor(_half(tensor)), moments.width))
+        if rows is None:
+            return StoredMoments(moments, partial(_whole, self.tensor(tensor), moments.width))
+        single = rows.float()  # exact: features are collected in float32
+        return StoredMoments(moments, self.tensor(single if torch.equal(single.double(), rows) else rows))
 
     def _write(self, tensor: Tensor) -> int:
         start = self.written
@@ -175,19 +174,5 @@ def peak_memory() -> int | None:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def _half(square: Tensor) -> Tensor:
-    """The block rows of a symmetric (n, n) up to and with the diagonal's block, in one piece."""
-    step, width = linalg.BLOCK, len(square)
-    return torch.cat([square[start : start + step, : start + step].reshape(-1) for start in range(0, width, step)])
-
-
 def _whole(read: Read, width: int) -> Tensor:
-    """The symmetric (n, n) of its `_half`."""
-    half, square, place = read(), torch.empty(width, width, dtype=torch.float64), 0
-    for start in range(0, width, linalg.BLOCK):
-        stop = min(start + linalg.BLOCK, width)
-        part = half[place : place + (stop - start) * stop].view(stop - start, stop)
-        square[start:stop, :stop] = part
-        square[:start, start:stop] = part[:, :start].T
-        place += part.numel()
-    return square
+    return linalg.whole(read(), width)

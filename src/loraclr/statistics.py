@@ -63,13 +63,22 @@ class Moments:
         return self.count if (rows := self.rows) is None else len(rows)
 
     def extended(self, rows: Tensor) -> Moments:
-        """With more rows (count, in) of the same run. For a sketch that is not a sum of two: it stays as small as it is."""
-        if self.width <= WIDEST or self.count + len(rows) <= SKETCH:
-            return self + Moments.of(rows)
+        """With more rows (count, in) of the same run: as `+`, in less memory. A sketch does not grow, as a sum of two does."""
         if not bool(torch.isfinite(rows).all()):
             raise FormatError("features hold NaN or infinity: run the base in float32")
-        before = _present(self.rows) if self.sketched else _sketch(_present(self.rows), 0)
-        return Moments(self.width, self.count + len(rows), before + _sketch(rows, self.count), None, True)
+        count, own = self.count + len(rows), self.rows
+        if self.width > WIDEST and count > SKETCH:
+            before = _present(own) if self.sketched else _sketch(_present(own), 0)
+            return Moments(self.width, count, before + _sketch(rows, self.count), None, True)
+        if own is None:
+            return HalfMoments(self.width, count, linalg.half_gram(rows, self.half()))
+        if count < self.width:
+            return self + Moments.of(rows)
+        return HalfMoments(self.width, count, linalg.half_gram(rows, linalg.half_gram(own)))
+
+    def half(self) -> Tensor:
+        """The half of X^T X that says it all, in one piece."""
+        return linalg.half(self.gram())
 
     def loaded(self) -> Moments:
         """The same in memory: itself, but for moments on disk (scratch.py). One at a time is what keeps a solve small."""
@@ -108,6 +117,30 @@ class Moments:
             few = len(rows) < self.width
             return Moments(self.width, count, rows if few else None, None if few else linalg.gram(rows), sketched)
         return Moments(self.width, count, None, self.gram() + other.gram(), self.sketched or other.sketched)
+
+
+class HalfMoments(Moments):
+    """Moments whose Gram is kept as its half: what a run sums up. The whole is made when it is asked for, each time anew."""
+
+    def __init__(self, width: int, count: int, half: Tensor) -> None:
+        object.__setattr__(self, "width", width)
+        object.__setattr__(self, "count", count)
+        object.__setattr__(self, "_half", half)
+        self._half: Tensor
+
+    @property
+    def rows(self) -> Tensor | None:
+        return None
+
+    @property
+    def square(self) -> Tensor | None:
+        return linalg.whole(self._half, self.width)
+
+    def half(self) -> Tensor:
+        return self._half
+
+    def loaded(self) -> Moments:
+        return Moments(self.width, self.count, None, self.square)
 
 
 @dataclass(frozen=True, eq=False)
