@@ -55,7 +55,7 @@ class Concept:
 
 ALL_ROWS = 1 << 31
 PRECISIONS = ("float32", "bfloat16")
-PIXELS = 2 * 512 * 512  # of the pictures that go through the UNet at once: what its passes and rows take stays small
+PIXELS = 512 * 512  # of the pictures that go through the UNet at once: what its passes and rows take stays small
 TEXTS = 32  # prompts through a text encoder at once
 
 
