@@ -285,7 +285,8 @@ def test_siblings_share_one_gram(pipeline, concepts):
 
 def hooked_inputs(pipeline, concept, name) -> Tensor:
     seen = []
-    with pipeline.captured([name], lambda _, rows: seen.append(rows)):
+    own = {layer: concept.adapter.layers[layer] for layer in SPATIAL[:1]}
+    with pipeline.applied(own), pipeline.captured([name], lambda _, rows: seen.append(rows)):
         states = pipeline.encode(prompts(SMALL.fit, concept.call))
         pipeline.denoise(states, seeds=range(len(SMALL.fit)), steps=SMALL.steps)
     return torch.cat(seen)
