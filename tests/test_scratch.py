@@ -14,7 +14,7 @@ from problems import make_problem
 from loraclr import linalg, scratch
 from loraclr.cli import main
 from loraclr.collect import QUICK, Concept, collect
-from loraclr.errors import LoraclrError, MergeError
+from loraclr.errors import LoraclrError, WriteError
 from loraclr.formats import save_adapter
 from loraclr.merge import merge
 from loraclr.methods import make_method, method_names, residuals
@@ -166,7 +166,7 @@ def test_an_interrupted_merge_leaves_nothing(pipeline, monkeypatch, tmp_path):
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs the disk that is always full")
 def test_a_full_disk_is_one_error(tmp_path, monkeypatch):
     monkeypatch.setattr(scratch.tempfile, "TemporaryFile", lambda **_: open("/dev/full", "r+b", buffering=0))  # noqa: SIM115
-    with Scratch(tmp_path, memory=0) as room, pytest.raises(MergeError, match=rf"{tmp_path} \(No space left.*after 0.0 GB; free some"):
+    with Scratch(tmp_path, memory=0) as room, pytest.raises(WriteError, match=rf"{tmp_path} \(No space left.*after 0.0 GB; free some"):
         room.moments({"layer": Moments.of(torch.randn(3, 50))})
 
 
@@ -183,5 +183,5 @@ def test_a_disk_that_fails_on_reading(tmp_path):
     with Scratch(tmp_path, memory=0) as room:
         stored = room.moments({"layer": Moments.of(torch.randn(3, 50))})["layer"]
         room._file.truncate(8)
-        with pytest.raises(MergeError, match="came back short"):
+        with pytest.raises(WriteError, match="came back short"):
             stored.gram()

@@ -173,7 +173,7 @@ def collect(
 
     With `scratch` what does not fit into its memory goes to disk at the end of every concept and is read when it is asked for: until
     `scratch` is closed the statistics can be used like any others. Raises PipelineError where a layer is not the pipeline's, FormatError
-    on features that are not finite, MergeError when the disk is full.
+    on features that are not finite, WriteError when the disk is full.
     """
     settings = settings or Collection()
     stage = _stage_of(pipeline, names)

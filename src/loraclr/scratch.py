@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from loraclr import linalg
-from loraclr.errors import MergeError
+from loraclr.errors import WriteError
 from loraclr.statistics import Moments
 
 MEMORY = 64 << 20  # bytes that stay in memory before the disk is used
@@ -30,7 +30,7 @@ class Scratch:
     """Keeps tensors: the first `memory` bytes as they are, the others in a nameless file in `folder` (the system's for such files)."""
 
     def __init__(self, folder: str | Path | None = None, *, memory: int = MEMORY) -> None:
-        """Raises MergeError where `folder` is no folder that can be written to, before any work."""
+        """Raises WriteError where `folder` is no folder that can be written to, before any work."""
         self._open: IO[bytes] | None = None
         self.folder, self.left, self.written = folder, memory, 0
         if folder is not None:
@@ -44,7 +44,7 @@ class Scratch:
                 self._open = tempfile.TemporaryFile(dir=self.folder, prefix="loraclr-")  # noqa: SIM115
             except OSError as error:
                 where = "the folder for temporary files" if self.folder is None else self.folder
-                raise MergeError(f"no scratch file in {where} ({error.strerror}); give a folder with space as scratch") from error
+                raise WriteError(f"no scratch file in {where} ({error.strerror}); give a folder with space as scratch") from error
         return self._open
 
     def __enter__(self) -> Scratch:
@@ -62,7 +62,7 @@ class Scratch:
         self.close()
 
     def tensor(self, tensor: Tensor) -> Read:
-        """What returns this tensor. Raises MergeError when the disk is full."""
+        """What returns this tensor. Raises WriteError when the disk is full."""
         size = tensor.numel() * tensor.element_size()
         if size <= self.left:
             self.left -= size
@@ -98,7 +98,7 @@ class Scratch:
             self._file.flush()
         except OSError as error:
             where = tempfile.gettempdir() if self.folder is None else self.folder
-            raise MergeError(
+            raise WriteError(
                 f"statistics cannot be written to {where} ({error.strerror}) after {start / 1e9:.1f} GB; "
                 "free some space, or give a larger folder as scratch"
             ) from error
@@ -110,7 +110,7 @@ class Scratch:
         data = tensor.view(-1).view(torch.uint8).numpy().data
         self._file.seek(start)
         if self._file.readinto(data) != len(data):  # type: ignore[attr-defined]
-            raise MergeError("the scratch file came back short; check the disk that it is on, or give another folder as scratch")
+            raise WriteError("the scratch file came back short; check the disk that it is on, or give another folder as scratch")
         return tensor
 
 
