@@ -323,8 +323,12 @@ def test_mistakes(pipeline, concepts):
         Collection(held_out=("a {} and a {}",))
     with pytest.raises(UsageError, match="at least one"):
         Collection(fit=())
-    for wrong in ({"steps": 0}, {"spatial": 0}, {"sample": -1}, {"seed": -1}, {"spatial_preserve": -1}):
+    for wrong in ({"steps": 0}, {"spatial": 0}, {"sample": -1}, {"seed": -1}):
         with pytest.raises(UsageError, match="at least"):
             Collection(**wrong)
+    with pytest.raises(UsageError, match="spatial_preserve -1: give 0 or more"):
+        Collection(spatial_preserve=-1)
+    with pytest.raises(UsageError, match="'half': give one of float32, bfloat16"):
+        Collection(precision="half")
     foreign = Concept(Adapter.of([concepts[0].adapter.layers[TEXT[0]]], name="x"), "x")
     assert collect(pipeline, [foreign], TEXT[:1], settings=SMALL)[TEXT[0]].concepts == ("x",)
