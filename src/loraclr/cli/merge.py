@@ -44,12 +44,19 @@ def merge(
         typer.Option(metavar="NAME=WORDS", help="The words that call an adapter in a prompt; repeatable.", show_default="as the files say"),
     ] = [],  # noqa: B006
     rank: Annotated[int | None, typer.Option(min=1, help="The most per layer.", show_default="what the solution needs")] = None,
-    format: Annotated[Literal["kohya", "diffusers", "peft", "edlora"], typer.Option(help="Names and layout of the output.")] = "kohya",
+    format: Annotated[
+        Literal["kohya", "diffusers", "peft", "edlora", "diff"], typer.Option(help="Names and layout of the output.")
+    ] = "kohya",
     dtype: Annotated[Literal["fp16", "fp32"], typer.Option(help="Precision of the output.")] = "fp16",
     seed: Annotated[int, typer.Option(help="Of the noise that features are collected on.")] = 0,
     quick: Annotated[
         bool, typer.Option("--quick", help="A tenth of the passes through the UNet, in bfloat16: for large models without a GPU.")
     ] = False,
+    allow: Annotated[
+        list[str],
+        typer.Option(metavar="CHECK", help="Merge in spite of distilled, edit or prediction; repeatable.", show_default=False),
+    ] = [],  # noqa: B006
+    no_sources: Annotated[bool, typer.Option("--no-sources", help="Leave out of the file what it was merged from.")] = False,
     measure: Annotated[bool, typer.Option("--measure", help="Report residuals also for methods that need no features.")] = False,
     scratch: Annotated[
         Path | None,
@@ -91,11 +98,12 @@ def merge(
             seed=seed,
             collection=QUICK if quick else None,
             measure=measure,
+            allow=allow,
             name=output.name if format == "peft" else output.stem,
             progress=tell,
             scratch=scratch or output.absolute().parent,
         )
-    written = result.save(output, format=format, dtype={"fp16": torch.float16, "fp32": torch.float32}[dtype])
+    written = result.save(output, format=format, dtype={"fp16": torch.float16, "fp32": torch.float32}[dtype], sources=not no_sources)
     sidecar = next((path for path in _companions(written)[1:] if path.exists()), None)
     if json:
         show.as_json({"output": str(written), "tokens": None if sidecar is None else str(sidecar), **result.receipt()})
@@ -140,6 +148,8 @@ def _show(result: MergeResult, written: Path, sidecar: Path | None) -> None:
     if peak := result.memory.get("peak"):
         show.out.print(f"peak memory {peak / 1e9:.1f} GB, {(result.memory['disk'] or 0) / 1e9:.1f} GB on disk", style="dim", markup=False)
     show.out.print(f"written: {written}\nreceipt: {written.name}.json", markup=False)
+    if result.prompt:
+        show.out.print(f"prompt: {result.prompt}", markup=False)
     if sidecar is not None:
         show.out.print(f"learned tokens: {sidecar} (keep it beside the merged file)", markup=False)
 
