@@ -19,7 +19,8 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -39,8 +40,11 @@ class Job:
 
     output: str
     words: Callable[[Path, Path], Sequence[str]]  # of the folder with the inputs and the path of the output
-    old: tuple[str, ...]
+    old: tuple[str, ...] = ()
     notes: str | None = None  # a folder of what the job notes down while it runs: whole files, but of any step
+    before: Callable[[Path, Path], Sequence[str]] | None = None  # what made an earlier output, where it was another command
+    starts: tuple[str, ...] = ("nothing", "old")  # what may be there at its start
+    force: tuple[str, ...] = ("--force",)
 
     def is_note(self, file: Path) -> bool:
         return self.notes is not None and file.parts[0] == self.notes
@@ -57,6 +61,19 @@ def training(inputs: Path, output: Path) -> list[str]:
     return [*words, "--sample-every", "0", "--checkpoint-every", "1", *(word for setting in settings for word in ("--set", setting))]
 
 
+def packing(inputs: Path, output: Path, names: Sequence[str] = ("ada", "cai")) -> list[str]:
+    files = [str(inputs / f"{name}.safetensors") for name in names]
+    return ["pack", "create", *files, "--base", str(inputs / "base"), "--output", str(output)]
+
+
+def adding(inputs: Path, output: Path) -> list[str]:
+    return ["pack", "add", str(output), str(inputs / "ben.safetensors"), "--base", str(inputs / "base")]
+
+
+def building(inputs: Path, output: Path) -> list[str]:
+    return ["pack", "build", str(inputs / "people"), "--output", str(output)]
+
+
 # One line each. What is checked and how it is killed is the same for all of them.
 JOBS = {
     "merge": Job(
@@ -70,11 +87,14 @@ JOBS = {
         ("--weight", "ada=0.5"),
     ),
     "train": Job("learned.safetensors", training, ("--seed", "1"), notes="learned.safetensors.train"),
+    "pack create": Job("people", packing, starts=("nothing",), force=()),
+    "pack add": Job("people", adding, before=partial(packing, names=("cai",)), starts=("old",), force=()),
+    "pack build": Job("merged.safetensors", building, ("--weight", "ada=0.5")),
 }
 
 
 def make_inputs(folder: Path) -> None:
-    """base/, three adapters and pictures/."""
+    """base/, three adapters, pictures/ and the pack people/."""
     pipe = _build_tiny_pipe()
     pipe.save_pretrained(folder / "base")
     for adapter in three(Pipeline(pipe)):
@@ -82,6 +102,7 @@ def make_inputs(folder: Path) -> None:
     (folder / "pictures").mkdir()
     for number in range(3):
         Image.new("RGB", (20, 24), (200, 60 * number, 30)).save(folder / "pictures" / f"{number}.png")
+    run(JOBS["pack create"], folder, folder)
 
 
 def contents(folder: Path, job: Job) -> dict[str, bytes]:
@@ -151,24 +172,30 @@ def trials(name: str, count: int, seed: int, root: Path) -> Counter[str]:
     folder = root / "trial"
 
     def again(moment: Callable[[], object] = lambda: None) -> int:
-        return run(job, root, folder, "--force", moment=moment)
+        return run(job, root, folder, *job.force, moment=moment)
 
     wanted: dict[str, dict[str, bytes]] = {}
     moments: list[float] = []
     for version, more in (("old", job.old), ("new", ())):
+        if version not in ("new", *job.starts):
+            continue
         made = root / f"{name} {version}"
-        made.mkdir()
+        if version == "new" and "nothing" not in job.starts:
+            shutil.copytree(root / f"{name} old", made)
+        else:
+            made.mkdir()
+        this = replace(job, words=job.before or job.words) if version == "old" else job
         moments.clear()
         began = time.perf_counter()
-        assert run(job, root, made, *more, moment=lambda: moments.append(time.perf_counter())) == 0, f"{name}: does not run"
+        assert run(this, root, made, *more, moment=lambda: moments.append(time.perf_counter())) == 0, f"{name}: does not run"
         took = time.perf_counter() - began
         wanted[version] = contents(made, job)
         for file in made.iterdir():
             if job.is_note(file.relative_to(made)):
                 shutil.rmtree(file)
-    assert wanted["old"] != wanted["new"]
+    assert wanted.get("old") != wanted["new"]
     for number in range(count):
-        before = rng.choice(("nothing", "old"))
+        before = rng.choice(job.starts)
         if before == "old":
             shutil.copytree(root / f"{name} old", folder)
         else:

@@ -85,7 +85,7 @@ def module(name: str):
 
 def test_help_names_every_command_and_every_option(call):
     code, out, _ = call("--help")
-    listed = ("inspect", "merge", "verify", "convert", "generate", "evaluate", "methods", "demo", "toybox")
+    listed = ("inspect", "merge", "verify", "convert", "generate", "evaluate", "methods", "demo", "pack", "toybox")
     assert code == 0 and all(word in out for word in (*listed, "loraclr demo"))
     commands = {"merge": merge_command.merge, "generate": generate_command.generate, "convert": convert_command.convert}
     for command, function in commands.items():

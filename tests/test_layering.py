@@ -24,7 +24,7 @@ ORDER = (
     ("collect",),
     ("predictions", "preflight"),
     ("merge",),
-    ("fuse", "verify"),
+    ("fuse", "pack", "verify"),
     ("generate", "train"),
     ("evaluate",),
     ("toybox", "web"),

@@ -74,6 +74,7 @@ def words(command: str, world: Path, output: Path) -> list[str]:
         "generate": ["generate", *base, "--prompt", "a dog", "--steps", 1, "--output", output],
         "evaluate": ["evaluate", *base, "--lora", files[0], *judged, "--steps", 1, "--guidance", 1, "--output", output],
         "toybox export": ["toybox", "export", output],
+        "pack create": ["pack", "create", *files, *base, "--output", output],
         "study create": ["study", "create", output, "--references", world / "pictures", *asked],
         "demo": ["demo", "--output", output],
     }
@@ -88,6 +89,7 @@ OUTPUTS = {
     "generate": "out",
     "evaluate": "out",
     "toybox export": "out",
+    "pack create": "out",
     "study create": "out",
     "demo": "out",
 }

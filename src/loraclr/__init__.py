@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from loraclr.judges import open_judge
     from loraclr.merge import LayerReceipt, MergeResult, MergeWarning, merge
     from loraclr.methods import METHODS, LayerMethod, LayerProblem, LayerSolution, make_method
+    from loraclr.pack import Pack
     from loraclr.pipeline import Pipeline
     from loraclr.preflight import Preflight, preflight
     from loraclr.statistics import LayerStats, load_statistics, save_statistics
@@ -53,6 +54,7 @@ __all__ = [
     "MergeResult",
     "MergeWarning",
     "NumericalError",
+    "Pack",
     "Pipeline",
     "PipelineError",
     "Preflight",
@@ -100,6 +102,7 @@ _HOMES = {
         "judges": ("open_judge",),
         "merge": ("LayerReceipt", "MergeResult", "MergeWarning", "merge"),
         "methods": ("METHODS", "LayerMethod", "LayerProblem", "LayerSolution", "make_method"),
+        "pack": ("Pack",),
         "pipeline": ("Pipeline",),
         "preflight": ("Preflight", "preflight"),
         "statistics": ("LayerStats", "load_statistics", "save_statistics"),

@@ -160,6 +160,7 @@ def merge(
     name: str = "merged",
     progress: Callable[[str, float], None] | None = None,
     scratch: str | Path | None = None,
+    statistics: Mapping[str, LayerStats] | None = None,
 ) -> MergeResult:
     """Merge adapters (or their files) into one.
 
@@ -171,7 +172,7 @@ def merge(
     released code's prompts. `score` judges a merged adapter, higher is better, for a method that searches (`lorahub`). `allow` makes
     warnings of refusals that are judgements, those in `JUDGED` of `preflight.py`. `progress` is told a phase and its share done, 0..1.
     `scratch` is a folder for statistics that do not fit into memory, the system's for temporary files without it; nothing stays there.
-    Raises MergeError, UsageError.
+    `statistics`, by layer, are used instead of collecting any (pack.py). Raises MergeError, UsageError.
     """
     started = time.perf_counter()
     solver = make_method(method, **(parameters or {})) if isinstance(method, str) else method
@@ -182,7 +183,7 @@ def merge(
         for adapter in adapters  # the hashes now: the file may be another one by the end
     ]
     prompted = bool({"statistics", "sample", "predictions"} & solver.needs) or measure
-    concepts = _concepts([adapter for adapter, *_ in sources], weights, calls or {}, needed=prompted, base=base, allow=allow)
+    concepts = concepts_of([adapter for adapter, *_ in sources], weights, calls or {}, needed=prompted, base=base, allow=allow)
     if block_weights:
         attentions = None if base is None else base.cross_attention_layers
         concepts = [
@@ -194,7 +195,7 @@ def merge(
         raise UsageError(f"rank {rank}: give at least 1")
     if rank is not None and "rank" in _fields(solver) and _fields(solver)["rank"] is None:
         solver = dataclasses.replace(solver, rank=rank)  # type: ignore[type-var]  # it cuts by itself: once is enough
-    collecting = measure or bool({"statistics", "sample", "preserve"} & solver.needs)
+    collecting = statistics is None and (measure or bool({"statistics", "sample", "preserve"} & solver.needs))
     if score is not None and "score" not in solver.needs:
         raise UsageError(f"{solver.name} searches for nothing, so it takes no score; use lorahub")
     if base is None and (collecting or "base" in solver.needs):
@@ -221,8 +222,8 @@ def merge(
     receipts: list[LayerReceipt] = []
     spilled = 0
     for stage, names in enumerate(stages):
-        statistics: dict[str, LayerStats] = {}
         room = Scratch(scratch)  # closed by itself where an error ends the merge
+        seen: Mapping[str, LayerStats] = statistics or {}
         if collecting and base is not None:
             began, done = time.perf_counter(), 0
 
@@ -232,11 +233,11 @@ def merge(
                 if progress:
                     progress(f"collecting stage {stage + 1} of {len(stages)}: {what}", done / (len(concepts) + 1))
 
-            statistics = collect(base, concepts, names, settings=settings, merged=merged, progress=tell, scratch=room)
+            seen = collect(base, concepts, names, settings=settings, merged=merged, progress=tell, scratch=room)
             seconds["collect"] += time.perf_counter() - began
         began = time.perf_counter()
         for index, layer in enumerate(names):
-            problem = _problem(layer, shapes, concepts, base, statistics.get(layer), seed)
+            problem = _problem(layer, shapes, concepts, base, seen.get(layer), seed)
             solution = solved[layer] if isinstance(solver, AdapterMethod) else solver.solve(problem)
             merged[layer], receipt = _receipt(problem, solution, solver.name, rank, stage)
             receipts.append(receipt)
@@ -289,14 +290,14 @@ def _hashes(path: Path) -> tuple[str, str | None]:
     return digest(path), tensor_digest(path)
 
 
-def _concepts(
+def concepts_of(
     adapters: Sequence[Adapter],
     weights: Sequence[float] | None,
     calls: Mapping[str, str],
     *,
     needed: bool,
     base: Pipeline | None,
-    allow: Sequence[str],
+    allow: Sequence[str] = (),
 ) -> list[Concept]:
     """Adapters with their weights and calls; all that is wrong with them in one message."""
     problems = []

@@ -2,7 +2,8 @@
 
 Every row merges the twelve development adapters from their files with other settings, samples the scoring prompts (which share no
 template with the merge's) and prints identity, right person of 12 and prompt agreement. `only STAGE` rows take the default's merge for
-one stage and each concept's own adapter for the others: what that stage alone costs. Finished rows are kept in OUT.json and skipped.
+one stage and each concept's own adapter for the others: what that stage alone costs; `pack` rows are built from a pack. Finished rows
+are kept in OUT.json and skipped.
 `--split test` is for reporting what was chosen, once. `against_single` is the paired difference to each adapter alone; intervals draw
 concepts and prompts anew.
 """
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import tempfile
 import time
 from collections.abc import Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -27,6 +29,7 @@ from loraclr.collect import QUICK, Collection
 from loraclr.evaluate import paired
 from loraclr.formats import load_adapter
 from loraclr.merge import merge
+from loraclr.pack import Pack
 from loraclr.pipeline import Pipeline
 from loraclr.toybox.judge import Judge
 
@@ -41,6 +44,7 @@ class Setting:
     collection: Collection | None = field(default_factory=Collection)  # None: the method's own
     merged: tuple[str, ...] = STAGES  # the stages that come from the merge
     rest: str = "nothing"  # the others: "nothing", or every concept's "own" adapter
+    pack: bool = False  # built from a pack: every stage collected under the concept's own adapter
 
 
 def settings() -> dict[str, Setting]:
@@ -75,6 +79,11 @@ def settings() -> dict[str, Setting]:
     for stage in STAGES:
         rows[f"only {stage}, own adapter for the rest"] = Setting(merged=(stage,), rest="own")
     rows["only text"] = Setting(merged=("text",))
+    rows["pack"] = Setting(pack=True)
+    rows["pack, ridge 0.001"] = Setting(parameters={"ridge": 1e-3}, pack=True)
+    rows["pack, held-out ridge"] = Setting(parameters={"choose": "held_out"}, pack=True)
+    for stage in STAGES:
+        rows[f"pack, only {stage}, own adapter for the rest"] = Setting(merged=(stage,), rest="own", pack=True)
     for preset in ("paper", "official"):  # on the released code's few prompts
         rows[f"loraclr-reference:{preset}"] = Setting(f"loraclr-reference:{preset}", collection=None)
     for rate in (1e-3, 3e-3):
@@ -104,12 +113,20 @@ def run(base: Path, judge: Path, loras: Path, split: str, name: str, rounds: int
     used, notes = adapters, {}
     if setting.merged:
         began = time.perf_counter()
-        merged = merge(
-            list(files.values()), base=pipeline, method=setting.method, parameters=setting.parameters, collection=setting.collection,
-            measure=setting.method.startswith("loraclr"),
-        )  # fmt: skip
+        if setting.pack:
+            with tempfile.TemporaryDirectory() as folder:
+                pack = Pack.create(Path(folder) / "pack", list(files.values()), base=pipeline, collection=setting.collection)
+                size = sum(held.path.stat().st_size for held in pack.files)
+                merged = pack.build(method=setting.method, parameters=setting.parameters)
+        else:
+            size = 0
+            merged = merge(
+                list(files.values()), base=pipeline, method=setting.method, parameters=setting.parameters, collection=setting.collection,
+                measure=setting.method.startswith("loraclr"),
+            )  # fmt: skip
         notes = {kind: round(merged.mean_residual(kind), 3) for kind in ("fit", "held_out")} if merged.collection else {}
         notes["merge_seconds"] = round(time.perf_counter() - began, 1)
+        notes |= {"pack_megabytes": round(size / 1e6, 1)} if setting.pack else {}
         whole = setting.merged == STAGES
         used = {name: merged.adapter if whole else hybrid(merged.adapter, own, setting) for name, own in adapters.items()}
     scores = concept_scores(pipeline, Judge.load(judge), calls, people, used, rounds=rounds)

@@ -11,7 +11,7 @@ from typing import Annotated, TextIO
 import typer
 
 from loraclr import __version__
-from loraclr.cli import convert, evaluate, generate, inspect, merge, methods, parse, show, study, toybox, train, verify
+from loraclr.cli import convert, evaluate, generate, inspect, merge, methods, pack, parse, show, study, toybox, train, verify
 from loraclr.errors import LoraclrError
 
 __all__ = ["app", "main"]
@@ -36,6 +36,7 @@ app.command("evaluate")(evaluate.evaluate)
 app.command("methods")(methods.methods)
 app.command("recipes")(train.recipes)
 app.command("demo")(toybox.demo)
+app.add_typer(pack.app, name="pack")
 app.add_typer(toybox.app, name="toybox")
 app.add_typer(study.app, name="study")
 

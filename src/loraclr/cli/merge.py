@@ -69,8 +69,8 @@ def merge(
 
     Example: loraclr merge rhea.safetensors theo.safetensors --base toy/base --output both.safetensors
     """
-    parse.check_output(output, format, _companions(output), force=force)
-    parse.hold(disk.reserved(output, *_companions(output)))
+    parse.check_output(output, format, companions(output), force=force)
+    parse.hold(disk.reserved(output, *companions(output)))
     names = [parse.adapter_name(path) for path in files]
     weights = parse.weights(weight, names)
     blocks = parse.block_weights(block_weights)
@@ -104,19 +104,20 @@ def merge(
             scratch=scratch or output.absolute().parent,
         )
     written = result.save(output, format=format, dtype={"fp16": torch.float16, "fp32": torch.float32}[dtype], sources=not no_sources)
-    sidecar = next((path for path in _companions(written)[1:] if path.exists()), None)
-    if json:
-        show.as_json({"output": str(written), "tokens": None if sidecar is None else str(sidecar), **result.receipt()})
-    else:
-        _show(result, written, sidecar)
+    show_result(result, written, json=json)
 
 
-def _companions(output: Path) -> list[Path]:
+def companions(output: Path) -> list[Path]:
     """What a merge writes beside its output: the receipt and the learned tokens."""
     return [output.with_name(f"{output.name}.json"), output.with_name(output.name.removesuffix(".safetensors") + ".tokens.safetensors")]
 
 
-def _show(result: MergeResult, written: Path, sidecar: Path | None) -> None:
+def show_result(result: MergeResult, written: Path, *, json: bool) -> None:
+    """What became of a merge that was written, as tables or as the whole receipt."""
+    sidecar = next((path for path in companions(written)[1:] if path.exists()), None)
+    if json:
+        show.as_json({"output": str(written), "tokens": None if sidecar is None else str(sidecar), **result.receipt()})
+        return
     columns = ("layers", "rank", "lost", "fit", "held out", "hinge")
     stages = show.table("stage", *columns, numbers=columns, title=f"{result.method}, {len(result.inputs)} adapters")
     for stage in sorted({layer.stage for layer in result.layers}):
