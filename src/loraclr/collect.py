@@ -95,6 +95,7 @@ class Collection:
 PAPER = Collection(fit=("photo of a {}", "{}"), steps=20, sample=ALL_ROWS, spatial=1)
 # A tenth of the default's passes: for real pictures on a processor without a GPU.
 QUICK = Collection(steps=4, spatial=1, spatial_held_out=0, spatial_preserve=8, precision="bfloat16")
+REPEATED = ("steps", "spatial", "padded", "precision")  # what a merged file's header says, for whoever collects again
 LATENTS = {"fit": 0, "held_out": 1000, "preserve": 2000}  # added to the seed: what judges must not start from what was learned from
 
 

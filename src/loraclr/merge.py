@@ -20,7 +20,7 @@ import torch
 from loraclr import __version__, disk
 from loraclr.adapter import Adapter, Layer, LoraLayer
 from loraclr.blocks import weighted
-from loraclr.collect import ALL_ROWS, PAPER, Collection, Concept, collect
+from loraclr.collect import ALL_ROWS, PAPER, REPEATED, Collection, Concept, collect
 from loraclr.errors import MergeError, UsageError
 from loraclr.formats import load_adapter, provenance, save_adapter, sidecar
 from loraclr.formats.files import digest, tensor_digest
@@ -117,6 +117,7 @@ class MergeResult:
             "inputs": [{key: value for key, value in entry.items() if key != "file"} for entry in self.inputs],
             "residual": {kind: _rounded(self.mean_residual(kind)) for kind in ("fit", "held_out")},
             "versions": dict(self.versions),
+            "collection": {key: self.collection[key] for key in REPEATED} if self.collection else None,
         }
         return {
             provenance.RECEIPT: json.dumps(_plain(compact), sort_keys=True, allow_nan=False),
