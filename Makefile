@@ -34,6 +34,7 @@ fix: .venv/dev.stamp
 bench: .venv/dev.stamp
 	$(BIN)/python -m benchmarks.solver
 	$(BIN)/python -m benchmarks.methods
+	$(BIN)/python -m benchmarks.end_to_end
 
 docs: .venv/dev.stamp
 	$(BIN)/loraclr methods --markdown .

@@ -1,17 +1,20 @@
-"""Every method that works from the files alone, on layers of Stable Diffusion 1.5's shapes, beside PEFT.
+"""Every method that solves layer by layer, on layers of Stable Diffusion 1.5's shapes, beside PEFT.
 
     python -m benchmarks.methods [--json FILE] [--quick] [--only METHOD ...]
 
-Twelve LoRAs of mixed ranks per layer. Ours is timed from the adapters' factors to the factors of the merged file, PEFT's is the whole of
-its `add_weighted_adapter` with the type of the same meaning (those that vote or prune on deltas, "_svd"; for these ours is cut to the
-same rank). PEFT keeps its weights in float32, we solve in float64. The error is against the exact weighted sum of the deltas, for
-methods that aim at it. Seconds are medians, memory is the peak above the inputs. `--quick` only checks that it runs.
+Methods that look at features get synthetic ones (benchmarks/solver.py), ready as statistics. The last row is `loraclr` for all attention
+layers of the UNet from Grams on disk (benchmarks/ready.py). Left out: `ziplora` and `lorahub`, which see the whole model, and `pplus`,
+which touches no weights. Twelve LoRAs of mixed ranks per layer. Ours is timed from the adapters' factors to the factors of the merged
+file, PEFT's is the whole of its `add_weighted_adapter` with the type of the same meaning (those that vote or prune on deltas, "_svd"; for
+these ours is cut to the same rank). PEFT keeps its weights in float32, we solve in float64. The error is against the exact weighted sum of
+the deltas, for methods that aim at it. Seconds are medians, memory is the peak above the inputs. `--quick` only checks that it runs.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import sys
 import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -23,10 +26,11 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from benchmarks.solver import PeakMemory, provenance, timed
+from benchmarks import ready
+from benchmarks.solver import SAMPLE, Kind, Layer, PeakMemory, provenance, timed
 from loraclr.adapter import LoraLayer
 from loraclr.merge import file_factors
-from loraclr.methods import METHODS, LayerProblem, LayerSolution, make_method
+from loraclr.methods import METHODS, LayerMethod, LayerProblem, LayerSolution, make_method
 from loraclr.methods.describe import needs_base
 
 RANKS = (4, 4, 8, 8, 8, 16, 16, 32, 32, 32, 64, 64)
@@ -37,6 +41,13 @@ SHAPES = {
     "k/v 1280": (1280, 768),
     "attention 1280": (1280, 1280),
     "feed-forward 640": (640, 2560),
+}
+FEATURES = {  # rows a concept, and how much of them is its own: where methods that look at features are measured, too
+    "attention 320": (4096, 0.3),
+    "k/v 320": (300, 1.0),
+    "attention 640": (2048, 0.3),
+    "k/v 1280": (300, 1.0),
+    "attention 1280": (1600, 0.3),
 }
 CUT = 64  # the rank to which dense merges and `svd` are cut, ours and PEFT's
 PEFTS = {
@@ -70,18 +81,16 @@ class Row:
     goal: bool | None
 
 
-def problem(shape: tuple[int, int], ranks: tuple[int, ...], seed: int = 0) -> LayerProblem:
+def problem(shape: tuple[int, int], ranks: tuple[int, ...], name: str = "unet.layer", seed: int = 0) -> LayerProblem:
     """Adapters as large as trained ones: each 5 % of a weight of variance 1 / in."""
     make = torch.Generator().manual_seed(seed)
     out, width = shape
     layers = []
     for rank in ranks:
         down, up = torch.randn(rank, width, generator=make), torch.randn(out, rank, generator=make)
-        layers.append(
-            LoraLayer("unet.layer", down, up * (0.05 * out**0.5 / float((up @ down).norm())))
-        )  # in `up`: `linear` looks at factors
+        layers.append(LoraLayer(name, down, up * (0.05 * out**0.5 / float((up @ down).norm()))))  # in `up`: `linear` looks at factors
     names = tuple(f"concept{index}" for index in range(len(ranks)))
-    return LayerProblem("unet.layer", shape, names, tuple(layers), (1.0,) * len(ranks), generator=torch.Generator().manual_seed(seed))
+    return LayerProblem(name, shape, names, tuple(layers), (1.0,) * len(ranks), generator=torch.Generator().manual_seed(seed))
 
 
 class Peft:
@@ -116,11 +125,23 @@ class Peft:
         return product * module.scaling["merged"]
 
 
-def measure(layer: str, shape: tuple[int, int], method: str, ranks: tuple[int, ...], repeats: int) -> Row:
+def with_features(given: LayerProblem, layer: Layer, method: str) -> LayerProblem:
+    """The adapters of `given` and what `layer` saw: all rows for a method that wants them, else statistics and a few paired rows."""
+    seen = layer.streamed()
+    assert seen.statistics is not None
+    if "rows" in METHODS[method]().needs:
+        rows = dict(zip(seen.concepts, layer.features, strict=True))
+        seen = replace(seen, statistics=replace(seen.statistics, sample=rows))
+    return replace(seen, layer=given.layer, layers=given.layers)
+
+
+def measure(layer: str, shape: tuple[int, int], method: str, ranks: tuple[int, ...], repeats: int, seen: Layer | None = None) -> Row:
     """`linear` and PEFT's type of that name can only add factors of one rank: all get the mean rank."""
     if method == "linear":
         ranks = (max(sum(ranks) // len(ranks), 1),) * len(ranks)
-    given = problem(shape, ranks)
+    given = problem(shape, ranks, "unet.attn2.to_k" if layer.startswith("k/v") else "unet.layer")
+    if seen is not None:
+        given = with_features(given, seen, method)
     fields = METHODS[method].__dataclass_fields__  # type: ignore[attr-defined]
     most = min(CUT, min(shape) // 2)  # PEFT's "svd" types raise where the rank is above out or in
     cut = most if "density" in fields and method != "knots" else None
@@ -161,7 +182,7 @@ def _relative(a: Tensor, b: Tensor) -> float:
 
 
 def table(rows: list[Row]) -> Table:
-    made = Table(title="merges from the files alone, beside PEFT's add_weighted_adapter")
+    made = Table(title="merges layer by layer, beside PEFT's add_weighted_adapter")
     for column in (
         "layer",
         "method",
@@ -203,21 +224,30 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="two small layers, one run each: does it run?")
     parser.add_argument("--only", nargs="*", help="only these methods")
     options = parser.parse_args()
-    weightless = [name for name, method in METHODS.items() if not needs_base(method) and name != "pplus"]
-    methods = [name for name in weightless if not options.only or name in options.only]
+    layerwise = [name for name, method in METHODS.items() if isinstance(method(), LayerMethod) and name != "pplus"]
+    methods = [name for name in layerwise if not options.only or name in options.only]
     shapes, ranks, repeats = SHAPES, RANKS, 3
     if options.quick:
         shapes, ranks, repeats = {"small": (160, 96), "wide": (80, 192)}, (4, 8, 8, 16), 1
-    console, rows = Console(), []
+    console, rows = Console(width=None if sys.stdout.isatty() else 160), []
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module="peft")
         measure("warm-up", (64, 48), "svd", (2, 4), 1)
         for layer, shape in shapes.items():
-            rows += [measure(f"{layer}, {shape[0]} x {shape[1]}", shape, method, ranks, repeats) for method in methods]
+            name = f"{layer}, {shape[0]} x {shape[1]}"
+            rows += [measure(name, shape, method, ranks, repeats) for method in methods if not needs_base(METHODS[method])]
+            if layer in FEATURES or options.quick:
+                count, own = FEATURES.get(layer, (SAMPLE, 1.0))
+                seen = Layer(Kind(layer, *shape, count, own), len(ranks))
+                rows += [measure(name, shape, method, ranks, 1, seen) for method in methods if needs_base(METHODS[method])]
             console.print(f"{layer}: done")
     console.print(table(rows))
+    settings: dict[str, object] = {"ranks": ranks, "cut": CUT, "density": DENSITY, "quick": options.quick}
+    if "loraclr" in methods:
+        whole = ready.measure(options.quick)
+        ready.show(whole, console)
+        settings["ready"] = asdict(whole)
     if options.json:
-        settings = {"ranks": ranks, "cut": CUT, "density": DENSITY, "quick": options.quick}
         options.json.write_text(json.dumps({**provenance(), **settings, "rows": [asdict(row) for row in rows]}, indent=1) + "\n")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from loraclr.errors import PipelineError, UsageError
 from loraclr.pipeline import Pipeline
 
 LENGTH = 77
+MODULE = sys.modules[collect.__module__]  # the package's attribute of that name is the verb
 
 
 @pytest.fixture
@@ -209,6 +211,87 @@ def pipeline_tokens(pipeline, concept, prompt):
         return range(pipeline.token_count(prompt))
 
 
+@pytest.mark.parametrize("names", [TEXT, KEYS], ids=["text", "keys"])
+@pytest.mark.parametrize("padded", [True, False])
+def test_texts_go_through_together_as_they_do_alone(pipeline, concepts, names, padded, monkeypatch):
+    """Also those of other lengths in between; their order, and with it the pairing, is that of the templates."""
+    plain = [concepts[0], concepts[2]]
+    fit = ("a {}", "a {} on a beach", "{}", "a {} by a shore")
+    settings = Collection(fit, (), ("", "a dog"), sample=40, padded=padded)
+    together = collect(pipeline, plain, names, settings=settings)
+    passes = []
+    handle = pipeline._pipe.text_encoder.register_forward_hook(lambda *_: passes.append(1))
+    collect(pipeline, plain, names, settings=settings)
+    many = len(passes)
+    monkeypatch.setattr(MODULE, "TEXTS", 1)
+    alone = collect(pipeline, plain, names, settings=settings)
+    handle.remove()
+    assert many < len(passes) - many == 2 * len(fit) + 2
+    for name in names:
+        for who in ("ada", "cai"):
+            assert_moments_equal(together[name].fit[who], alone[name].fit[who])
+            assert torch.allclose(together[name].sample[who], alone[name].sample[who], atol=1e-5)
+        assert_moments_equal(together[name].preserve, alone[name].preserve)
+
+
+def assert_moments_equal(a, b, tolerance=1e-5):
+    assert a.count == b.count and (a.gram() - b.gram()).norm() <= tolerance * b.gram().norm()
+
+
+def test_pictures_go_through_the_unet_in_portions(pipeline, concepts, monkeypatch):
+    settings = dataclasses.replace(SMALL, fit=(*SMALL.fit, "a {}"), sample=24)
+    whole = collect(pipeline, concepts[:1], SPATIAL, settings=settings)
+    height, width = pipeline.check_settings(seeds=(), steps=1, guidance=1, size=None)
+    batches = []
+    handle = pipeline.unet.register_forward_pre_hook(lambda module, inputs: batches.append(len(inputs[0])))
+    monkeypatch.setattr(MODULE, "PIXELS", 2 * height * width + 1)
+    parts = collect(pipeline, concepts[:1], SPATIAL, settings=settings)
+    handle.remove()
+    assert batches == [2, 2, 1, 1, 1, 1, 2, 2, 1, 1]  # fit, held-out, preservation: two steps each
+    for name in SPATIAL:
+        for a, b in ((parts[name].fit["ada"], whole[name].fit["ada"]), (parts[name].preserve, whole[name].preserve)):
+            assert_moments_equal(a, b, 1e-4)
+        assert 16 <= len(parts[name].sample["ada"]) <= settings.sample  # the smallest map of one picture has fewer cells than its share
+
+
+def test_fewer_prompts_may_run_the_unet(pipeline, concepts):
+    counts = {}
+    for few in (None, 1, 0):
+        settings = dataclasses.replace(SMALL, spatial=1, spatial_held_out=few, spatial_preserve=few)
+        found = collect(pipeline, concepts[:1], SPATIAL, settings=settings)[SPATIAL[0]]
+        counts[few] = [found.held_out["ada"].count if found.held_out else 0, found.preserve.count if found.preserve else 0]
+        text = collect(pipeline, concepts[:1], TEXT, settings=settings)[TEXT[0]]
+        assert text.preserve.count == 3 * LENGTH and text.held_out["ada"].count == LENGTH, "other stages see all prompts"
+    picture = found.fit["ada"].count
+    assert counts == {None: [picture, 3 * picture], 1: [picture, picture], 0: [0, 0]}
+
+
+def test_bfloat16_passes_give_nearly_the_same_statistics(pipeline, concepts):
+    whole = collect(pipeline, concepts[:1], SPATIAL, settings=SMALL)
+    half = collect(pipeline, concepts[:1], SPATIAL, settings=dataclasses.replace(SMALL, precision="bfloat16"))
+    for name in SPATIAL:
+        a, b = half[name].fit["ada"].gram(), whole[name].fit["ada"].gram()
+        assert 1e-6 < float((a - b).norm() / b.norm()) < 4e-2  # random weights, strong adapters; 0.003 in the toybox
+
+
+def test_siblings_share_one_gram(pipeline, concepts):
+    block = SPATIAL[0].removesuffix("to_q")
+    names = [f"{block}to_q", f"{block}to_k", f"{block}to_v", f"{block}to_out.0"]
+    found = collect(pipeline, concepts[:1], names, settings=SMALL)
+    q, k, v, out = (found[name].fit["ada"] for name in names)
+    assert q is k is v is not out
+    assert_moments(q, hooked_inputs(pipeline, concepts[0], names[1]), 1e-4)
+
+
+def hooked_inputs(pipeline, concept, name) -> Tensor:
+    seen = []
+    own = {layer: concept.adapter.layers[layer] for layer in SPATIAL[:1]}
+    with pipeline.applied(own), pipeline.captured([name], lambda _, rows: seen.append(rows)):
+        states = pipeline.encode(prompts(SMALL.fit, concept.call))
+        pipeline.denoise(states, seeds=range(len(SMALL.fit)), steps=SMALL.steps)
+    return torch.cat(seen)
+
+
 def test_progress_names_every_concept_and_the_rest(pipeline, concepts):
     told = []
     collect(pipeline, concepts, TEXT, settings=SMALL, progress=told.append)
@@ -243,5 +326,9 @@ def test_mistakes(pipeline, concepts):
     for wrong in ({"steps": 0}, {"spatial": 0}, {"sample": -1}, {"seed": -1}):
         with pytest.raises(UsageError, match="at least"):
             Collection(**wrong)
+    with pytest.raises(UsageError, match="spatial_preserve -1: give 0 or more"):
+        Collection(spatial_preserve=-1)
+    with pytest.raises(UsageError, match="'half': give one of float32, bfloat16"):
+        Collection(precision="half")
     foreign = Concept(Adapter.of([concepts[0].adapter.layers[TEXT[0]]], name="x"), "x")
     assert collect(pipeline, [foreign], TEXT[:1], settings=SMALL)[TEXT[0]].concepts == ("x",)

@@ -18,7 +18,7 @@ ORDER = (
     ("disk", "linalg"),
     ("adapter",),
     ("blocks", "statistics"),
-    ("formats", "methods"),
+    ("formats", "methods", "scratch"),
     ("checkpoints", "conditioning", "families", "modules"),
     ("loading",),
     ("sampling",),

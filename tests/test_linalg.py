@@ -147,3 +147,15 @@ def test_activation_aware_truncation_needs_no_inverse():
     cut = linalg.truncate_aware(up, down, 1, metric=rows.T @ rows)  # one direction is seen: rank 1 loses nothing of it
     assert relative(rows @ (cut.up @ cut.down).T, rows @ (up @ down).T) < 1e-12
     assert cut.lost < 1e-6
+
+
+@pytest.mark.parametrize("width", [1, 7, linalg.BLOCK, linalg.BLOCK + 3, 2 * linalg.BLOCK])
+def test_half_of_a_gram_is_all_of_it(width):
+    rows = torch.randn(2, 9, width)
+    square = linalg.gram(rows[0])
+    assert torch.allclose(square, rows[0].double().T @ rows[0].double(), atol=1e-10) and torch.equal(square, square.T)
+    half = linalg.half_gram(rows[0])
+    assert torch.equal(half, linalg.half(square)) and torch.equal(linalg.whole(half, width), square)
+    both = linalg.half_gram(rows[1], half)
+    assert torch.allclose(linalg.whole(both, width), square + linalg.gram(rows[1]), atol=1e-10)
+    assert torch.equal(half, linalg.half(square)), "what it is added to stays"

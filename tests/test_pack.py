@@ -14,7 +14,7 @@ from concepts import KEYS, SMALL, SPATIAL, TEXT, concept, fingerprint, lora, thr
 from safetensors import safe_open
 from test_collect import assert_moments, fused, hooked, prompts, states
 
-from loraclr import Pack
+from loraclr import Pack, statistics
 from loraclr.adapter import Adapter, DenseLayer, LoraLayer, ProductLayer
 from loraclr.cli import main
 from loraclr.errors import FormatError, LoraclrError, MergeError
@@ -213,6 +213,17 @@ def test_moments_come_back_and_equal_ones_are_stored_once(tmp_path, count):
     if count > 7:
         with safe_open(tmp_path / "x.safetensors", "pt") as opened:
             assert opened.get_tensor("moments/0").numel() == 7 * 8 // 2, "one half of a symmetric matrix"
+
+
+def test_sketches_come_back(tmp_path, monkeypatch):
+    for module in (statistics, file):
+        monkeypatch.setattr(module, "WIDEST", 5)
+        monkeypatch.setattr(module, "SKETCH", 4)
+    moments = Moments.of(torch.randn(30, 6))
+    table, entries = file.moments_entries({"fit": {"a": moments}})
+    file.write(tmp_path / "x.safetensors", dict.fromkeys(file.HELD) | {"layers": {}, "moments": table}, entries)
+    again = PackFile(tmp_path / "x.safetensors").moments("fit", "a")
+    assert again.sketched and again.count == 30 and torch.equal(again.rows, moments.rows)
 
 
 def test_headers_say_what_was_collected_from_what(shared, tmp_path):

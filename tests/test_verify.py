@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,11 +12,14 @@ from concepts import KEYS, SMALL, TEXT, three
 from safetensors.torch import load_file, save_file
 
 from loraclr.adapter import Adapter, LoraLayer
+from loraclr.collect import Collection
 from loraclr.errors import FormatError, UsageError
 from loraclr.formats import load_adapter, save_adapter
 from loraclr.merge import merge
 from loraclr.pipeline import Pipeline
 from loraclr.verify import verify
+
+MODULE = sys.modules[verify.__module__]
 
 
 @pytest.fixture(scope="module")
@@ -122,6 +127,21 @@ def test_by_features_a_merge_by_features_keeps_what_an_average_loses(files, tmp_
     assert not average.good and all(one.strength < 0.5 for one in average.concepts)
     assert kept.good, kept.wrong
     assert all(0.5 < one.strength < 1.25 for one in kept.concepts)
+
+
+@pytest.mark.parametrize(
+    ("said", "steps"),
+    [({}, 3), ({"precision": "bfloat16", "steps": 4}, 4), ({"steps": 10**9}, 8), ({"steps": 0}, 8), ({"spatial": "x"}, 8)],
+)
+def test_what_a_merge_collected_is_collected_again(files, tmp_path, shared, said, steps):
+    """As its header says, but not whatever its header says."""
+    settings = replace(SMALL, steps=3, padded=False, spatial=1)
+    header = load_adapter(saved(files, tmp_path, "loraclr", base=shared, collection=settings)).metadata
+    receipt = json.loads(header["loraclr.receipt"])
+    assert receipt["collection"] == {"steps": 3, "spatial": 1, "padded": False, "precision": "float32"}
+    found = MODULE._collected({**receipt, "collection": receipt["collection"] | said})
+    assert (found.steps, found.spatial) == (steps, 3 if steps == 8 else 1) and found.fit == Collection().fit
+    assert MODULE._collected({**receipt, "collection": None}).steps == 8, "files of before"
 
 
 def test_what_is_asked_of_the_caller(files, tmp_path, shared):

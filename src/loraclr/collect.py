@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -16,6 +17,7 @@ from torch import Tensor
 from loraclr.adapter import Adapter, Layer
 from loraclr.errors import UsageError
 from loraclr.pipeline import Pipeline
+from loraclr.scratch import Read, Sample, Scratch
 from loraclr.statistics import LayerStats, Moments
 
 FIT_TEMPLATES = (
@@ -52,6 +54,9 @@ class Concept:
 
 
 ALL_ROWS = 1 << 31
+PRECISIONS = ("float32", "bfloat16")
+PIXELS = 512 * 512  # of the pictures that go through the UNet at once: what its passes and rows take stays small
+TEXTS = 32  # prompts through a text encoder at once
 
 
 @dataclass(frozen=True)
@@ -66,6 +71,9 @@ class Collection:
     sample: int = 64  # paired rows kept per concept and layer
     seed: int = 0  # of the latents, the same for every concept
     spatial: int | None = 3  # how many of the fit templates also run the UNet; None: all
+    spatial_held_out: int | None = None  # of the held-out templates
+    spatial_preserve: int | None = None  # and of the prompts without any concept
+    precision: str = "float32"  # of the UNet's passes; "bfloat16" halves their time where the processor has it
 
     def __post_init__(self) -> None:
         wrong = [template for template in (*self.fit, *self.held_out) if template.count("{}") != 1]
@@ -76,12 +84,26 @@ class Collection:
                 f"steps {self.steps}, sample {self.sample}, seed {self.seed}, spatial {self.spatial}: steps and spatial are at least 1, "
                 "sample and seed at least 0"
             )
+        if any(count is not None and count < 0 for count in (self.spatial_held_out, self.spatial_preserve)):
+            raise UsageError(f"spatial_held_out {self.spatial_held_out}, spatial_preserve {self.spatial_preserve}: give 0 or more, or None")
+        if self.precision not in PRECISIONS:
+            raise UsageError(f"precision {self.precision!r}: give one of {', '.join(PRECISIONS)}")
 
 
 # The released code's prompts: no padding, one of them through the UNet, every row kept as it is. It differs in one thing: for keys and
 # values the released code drops the begin mark and ordinary words, here all tokens count.
 PAPER = Collection(fit=("photo of a {}", "{}"), steps=20, sample=ALL_ROWS, spatial=1)
+# A tenth of the default's passes: for real pictures on a processor without a GPU.
+QUICK = Collection(steps=4, spatial=1, spatial_held_out=0, spatial_preserve=8, precision="bfloat16")
+REPEATED = ("steps", "spatial", "padded", "precision")  # what a merged file's header says, for whoever collects again
 LATENTS = {"fit": 0, "held_out": 1000, "preserve": 2000}  # added to the seed: what judges must not start from what was learned from
+
+
+Kept = tuple[int, Read]  # how many rows, and they themselves
+
+
+def _itself(tensor: Tensor) -> Tensor:
+    return tensor
 
 
 class _Recorder:
@@ -89,7 +111,7 @@ class _Recorder:
 
     `keep` rows of each call: spread over it where calls of all concepts are equally long, else (`ends`) the last of each of its texts,
     where texts of different length agree. Layers that are handed the very same rows, such as the queries, keys and values of one
-    attention, share the work.
+    attention, share the work and the memory.
     """
 
     def __init__(self, keep: int = 0, *, ends: bool = False) -> None:
@@ -97,23 +119,45 @@ class _Recorder:
         self.texts = 1  # in each call
         self.moments: dict[str, Moments] = {}
         self.kept: dict[str, list[Tensor]] = {}
-        self._last: tuple[Tensor, Moments] | None = None
+        self._last: _Seen | None = None
 
     def add(self, name: str, rows: Tensor) -> None:
-        if self._last is None or self._last[0] is not rows:
-            self._last = (rows, Moments.of(rows))
-        seen = self._last[1]
-        self.moments[name] = self.moments[name] + seen if name in self.moments else seen
-        if not self.keep:
-            return
-        kept = self.kept.setdefault(name, [])
+        if self._last is None or self._last.rows is not rows:
+            self._last = _Seen(rows)
+        last, before = self._last, self.moments.get(name)
+        if id(before) not in last.sums:
+            last.sums[id(before)] = before, (before or Moments.empty(rows.shape[1])).extended(rows)
+        self.moments[name] = last.sums[id(before)][1]
+        if self.keep:
+            kept = self.kept.setdefault(name, [])
+            if len(kept) not in last.parts:
+                last.parts[len(kept)] = self._chosen(rows, len(kept))
+            kept += last.parts[len(kept)]
+
+    def _chosen(self, rows: Tensor, kept: int) -> list[Tensor]:
         if self.ends:
             parts = [text.flip(0)[: -(-self.keep // self.texts)] for text in rows.chunk(self.texts)]
         else:
             stride = max(1, len(rows) // self.keep)
-            start = len(kept) * 7919 % stride  # other places at each call
-            parts = [rows[start::stride][: self.keep]]
-        kept += [part.to("cpu", torch.float32).clone() for part in parts]
+            parts = [rows[kept * 7919 % stride :: stride][: self.keep]]  # other places at each call
+        return [part.to("cpu", torch.float32).clone() for part in parts]
+
+    def put(self, scratch: Scratch | None) -> dict[str, list[Kept]]:
+        """The rows kept of every layer, in `scratch`; siblings share them."""
+        put: dict[int, Kept] = {}
+        for part in (part for parts in self.kept.values() for part in parts):
+            if id(part) not in put:
+                put[id(part)] = len(part), partial(_itself, part) if scratch is None else scratch.tensor(part)
+        return {name: [put[id(part)] for part in parts] for name, parts in self.kept.items()}
+
+
+@dataclass(frozen=True, eq=False)
+class _Seen:
+    """The rows of one call, and what siblings that are handed the same rows share."""
+
+    rows: Tensor
+    sums: dict[int, tuple[Moments | None, Moments]] = field(default_factory=dict)  # by what was there before, which is kept alive
+    parts: dict[int, list[Tensor]] = field(default_factory=dict)  # by how many were there before
 
 
 def collect(
@@ -124,42 +168,52 @@ def collect(
     settings: Collection | None = None,
     merged: Mapping[str, Layer] | None = None,
     progress: Callable[[str], None] | None = None,
+    scratch: Scratch | None = None,
 ) -> dict[str, LayerStats]:
     """The statistics of one stage's layers `names` for all concepts, with the `merged` layers of earlier stages applied.
 
-    Raises PipelineError where a layer is not the pipeline's, FormatError on features that are not finite.
+    With `scratch` what does not fit into its memory goes to disk at the end of every concept and is read when it is asked for: until
+    `scratch` is closed the statistics can be used like any others. Raises PipelineError where a layer is not the pipeline's, FormatError
+    on features that are not finite, WriteError when the disk is full.
     """
     settings = settings or Collection()
     stage = stage_of(pipeline, names)
     tokens = {token: rows for concept in concepts for token, rows in concept.adapter.tokens.items()}
     layered = any(len(rows) > 1 for rows in tokens.values())  # then every text counts once per layer, whoever brings the tokens
-    runs: dict[str, dict[str, _Recorder]] = {}
+    found: dict[str, dict[str, Mapping[str, Moments]]] = {"fit": {}, "held_out": {}}  # by kind and concept
+    kept: dict[str, dict[str, list[Kept]]] = {}
     preserve = _Recorder()
-    keep, ends = _per_call(settings, stage), stage != "spatial" and not settings.padded
+    fit, held_out, free = settings.fit, settings.held_out, settings.preserve
+    if stage == "spatial":
+        fit, held_out, free = fit[: settings.spatial], held_out[: settings.spatial_held_out], free[: settings.spatial_preserve]
+    calls = settings.steps * len(_portions(pipeline, fit)) if stage == "spatial" else len(fit)
+    keep, ends = -(-settings.sample // calls), stage != "spatial" and not settings.padded
     with ExitStack() as stack, torch.inference_mode():
         stack.enter_context(pipeline.applied(dict(merged or {})))
         stack.enter_context(pipeline.with_tokens(tokens))
         for concept in concepts:
             own = {layer.name: layer for layer in concept.adapter if layer.name in set(names)}
-            runs[concept.name] = {"fit": _Recorder(keep, ends=ends), "held_out": _Recorder()}
             with pipeline.applied(own, scale=concept.weight):
-                fit = settings.fit[: settings.spatial] if stage == "spatial" else settings.fit
-                for kind, templates in (("fit", fit), ("held_out", settings.held_out)):
+                for kind, templates in (("fit", fit), ("held_out", held_out)):
                     prompts = [template.replace("{}", concept.call) for template in templates]
-                    recorder = runs[concept.name][kind]
+                    recorder = _Recorder(keep, ends=ends) if kind == "fit" else _Recorder()
                     _record(pipeline, stage, names, prompts, settings, recorder, latents=LATENTS[kind], layered=layered)
+                    found[kind][concept.name] = recorder.moments if scratch is None else scratch.moments(recorder.moments)
+                    if kind == "fit":
+                        kept[concept.name] = recorder.put(scratch)
             if progress:
                 progress(concept.name)
-        _record(pipeline, stage, names, list(settings.preserve), settings, preserve, latents=LATENTS["preserve"], layered=layered)
+        _record(pipeline, stage, names, list(free), settings, preserve, latents=LATENTS["preserve"], layered=layered)
+        preserved = preserve.moments if scratch is None else scratch.moments(preserve.moments)
         if progress:
             progress("preservation")
     return {
         name: LayerStats(
             name,
-            {concept: recorders["fit"].moments[name] for concept, recorders in runs.items()},
-            {concept: recorders["held_out"].moments[name] for concept, recorders in runs.items() if settings.held_out},
-            preserve.moments.get(name),
-            _paired({concept: recorders["fit"].kept.get(name, []) for concept, recorders in runs.items()}, settings.sample),
+            {concept: moments[name] for concept, moments in found["fit"].items()},
+            {concept: moments[name] for concept, moments in found["held_out"].items() if held_out},
+            preserved.get(name),
+            _paired({concept: parts.get(name, []) for concept, parts in kept.items()}, settings.sample),
         )
         for name in names
     }
@@ -175,9 +229,11 @@ def stage_of(pipeline: Pipeline, names: Sequence[str]) -> str:
     return "spatial" if pipeline.cross_attention_index(names[0]) is None else "keys"
 
 
-def _per_call(settings: Collection, stage: str) -> int:
-    calls = settings.steps if stage == "spatial" else len(settings.fit)  # the UNet takes all prompts at once
-    return -(-settings.sample // calls)
+def _portions(pipeline: Pipeline, prompts: Sequence[str]) -> list[list[int]]:
+    """Which prompts go through the UNet together."""
+    height, width = pipeline.check_settings(seeds=(), steps=1, guidance=1, size=None)
+    most = max(1, PIXELS // (height * width))
+    return [list(range(start, min(start + most, len(prompts)))) for start in range(0, len(prompts), most)]
 
 
 def _record(
@@ -193,28 +249,75 @@ def _record(
 ) -> None:
     if not prompts:
         return
+    if stage == "spatial":
+        half = settings.precision == "bfloat16"
+        for portion in _portions(pipeline, prompts):
+            seeds = [settings.seed + latents + index for index in portion]
+            with pipeline.captured(names, recorder.add):
+                pipeline.run([prompts[index] for index in portion], seeds=seeds, steps=settings.steps, half=half)
+    elif layered:
+        _record_layered(pipeline, stage, names, prompts, settings, recorder)
+    else:
+        seen: list[list[tuple[str, Tensor]]] = [[] for _ in prompts]  # of each prompt, so that their order is that of the prompts
+        for together in _alike(pipeline, prompts, padded=settings.padded):
+            said = [prompts[index] for index in together]
+            if stage == "text":
+                with pipeline.captured(names, _Split([seen[index] for index in together]).add):
+                    pipeline.encode(said, pad=settings.padded)
+            else:
+                for index, states in zip(together, pipeline.encode(said, pad=settings.padded), strict=True):
+                    seen[index] = [(name, states) for name in names]
+        for calls in seen:
+            for name, rows in calls:
+                recorder.add(name, rows)
+
+
+def _record_layered(
+    pipeline: Pipeline, stage: str, names: Sequence[str], prompts: list[str], settings: Collection, recorder: _Recorder
+) -> None:
+    """One prompt at a time, each as many texts as there are cross-attention layers."""
+    layers = len(pipeline.cross_attention_layers)
     if stage == "text":
-        recorder.texts = len(pipeline.cross_attention_layers) if layered else 1
+        recorder.texts = layers
         with pipeline.captured(names, recorder.add):
             for prompt in prompts:
-                pipeline.encode([prompt], pad=settings.padded, layered=layered)
-    elif stage == "keys":
-        for prompt in prompts:
-            states = pipeline.encode([prompt], pad=settings.padded)[0]  # (tokens, dim) or (layers, tokens, dim)
-            by_layer = list(states) if states.ndim == 3 else [states] * len(pipeline.cross_attention_layers)
-            for name in names:
-                index = pipeline.cross_attention_index(name)
-                assert index is not None  # or the layer would be of another stage
-                recorder.add(name, by_layer[index])
-    else:
-        seeds = [settings.seed + latents + index for index in range(len(prompts))]
-        with pipeline.captured(names, recorder.add):
-            pipeline.run(prompts, seeds=seeds, steps=settings.steps)
+                pipeline.encode([prompt], pad=settings.padded, layered=True)
+        return
+    for prompt in prompts:
+        states = pipeline.encode([prompt], pad=settings.padded)[0]  # (tokens, dim) or (layers, tokens, dim)
+        by_layer = list(states) if states.ndim == 3 else [states] * layers
+        for name in names:
+            index = pipeline.cross_attention_index(name)
+            assert index is not None  # or the layer would be of another stage
+            recorder.add(name, by_layer[index])
 
 
-def _paired(kept: Mapping[str, list[Tensor]], limit: int) -> dict[str, Tensor]:
+def _alike(pipeline: Pipeline, prompts: Sequence[str], *, padded: bool) -> list[list[int]]:
+    """Which prompts go through the text encoder together: without padding, those of as many tokens."""
+    by_length: dict[int, list[int]] = {}
+    for index, prompt in enumerate(prompts):
+        length = pipeline.text_length if padded else min(pipeline.token_count(prompt), pipeline.text_length)
+        by_length.setdefault(length, []).append(index)
+    return [alike[start : start + TEXTS] for alike in by_length.values() for start in range(0, len(alike), TEXTS)]
+
+
+class _Split:
+    """Hands the rows of a batch of equally long texts to the list of each; siblings' rows stay the very same tensor."""
+
+    def __init__(self, texts: Sequence[list[tuple[str, Tensor]]]) -> None:
+        self.texts = texts
+        self._last: tuple[Tensor, tuple[Tensor, ...]] | None = None
+
+    def add(self, name: str, rows: Tensor) -> None:
+        if self._last is None or self._last[0] is not rows:
+            self._last = rows, rows.chunk(len(self.texts))
+        for seen, part in zip(self.texts, self._last[1], strict=True):
+            seen.append((name, part))
+
+
+def _paired(kept: Mapping[str, list[Kept]], limit: int) -> Mapping[str, Tensor]:
     """The same number of rows of each part for every concept; at most `limit` rows."""
     if not limit or not all(kept.values()):
         return {}
-    counts = [min(len(rows) for rows in part) for part in zip(*kept.values(), strict=True)]
-    return {name: torch.cat([rows[:count] for rows, count in zip(parts, counts, strict=True)])[:limit] for name, parts in kept.items()}
+    counts = [min(count for count, _ in part) for part in zip(*kept.values(), strict=True)]
+    return Sample({name: [read for _, read in parts] for name, parts in kept.items()}, counts, limit)

@@ -17,7 +17,7 @@ from torch import Tensor
 from loraclr.errors import NumericalError
 
 JITTER = (1e-12, 1e-10, 1e-8)  # times the mean diagonal, tried in turn
-BLOCK = 512  # columns of a Gram computed at a time
+BLOCK = 256  # columns of a Gram computed at a time
 NULL = 1e-12  # eigenvalues of a Gram below this share of the largest are rounding, not signal
 
 
@@ -30,16 +30,49 @@ class Truncation(NamedTuple):
 
 
 def gram(rows: Tensor) -> Tensor:
-    """X^T X (in, in), float64, of rows (rows, in) of any float type: one half is computed, the other mirrored."""
+    """X^T X (in, in), float64, of rows (rows, in) of any float type: one half is computed, the other mirrored, so that it is symmetric
+    to the last bit."""
+    return whole(half_gram(rows), rows.shape[1])
+
+
+def half_gram(rows: Tensor, before: Tensor | None = None) -> Tensor:
+    """The lower half of X^T X, block row by block row up to and with the diagonal's block, in one piece; added to such a half `before`."""
     rows = rows.detach().to(torch.float64)
     width = rows.shape[1]
-    square = rows.new_empty(width, width)
-    for start in range(0, width, BLOCK):
-        stop = start + BLOCK
-        part = rows[:, start:stop].T @ rows[:, :stop]
+    half = rows.new_zeros(sum(len(part) for part in _places(width))) if before is None else before.clone()
+    for start, place in zip(range(0, width, BLOCK), _places(width), strict=True):
+        stop = min(start + BLOCK, width)
+        part = half[place.start : place.stop].view(stop - start, stop)
+        part.addmm_(rows[:, start:stop].T, rows[:, :stop])
+        own = part[:, start:]
+        own.copy_(own.tril() + own.tril(-1).T)
+    return half
+
+
+def whole(half: Tensor, width: int) -> Tensor:
+    """The symmetric (in, in) of its `half_gram`."""
+    square = half.new_empty(width, width)
+    for start, place in zip(range(0, width, BLOCK), _places(width), strict=True):
+        stop = min(start + BLOCK, width)
+        part = half[place.start : place.stop].view(stop - start, stop)
         square[start:stop, :stop] = part
         square[:start, start:stop] = part[:, :start].T
     return square
+
+
+def half(square: Tensor) -> Tensor:
+    """The half of a symmetric (in, in), as `half_gram` makes it."""
+    return torch.cat([square[start : start + BLOCK, : start + BLOCK].reshape(-1) for start in range(0, len(square), BLOCK)])
+
+
+def _places(width: int) -> list[range]:
+    """Where each block row of a half is."""
+    found, place = [], 0
+    for start in range(0, width, BLOCK):
+        stop = min(start + BLOCK, width)
+        found.append(range(place, place + (stop - start) * stop))
+        place = found[-1].stop
+    return found
 
 
 def svd_of_product(up: Tensor, down: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -20,7 +20,7 @@ import torch
 from loraclr import __version__, disk
 from loraclr.adapter import Adapter, Layer, LoraLayer
 from loraclr.blocks import weighted
-from loraclr.collect import ALL_ROWS, PAPER, Collection, Concept, collect
+from loraclr.collect import ALL_ROWS, PAPER, REPEATED, Collection, Concept, collect
 from loraclr.errors import MergeError, UsageError
 from loraclr.formats import load_adapter, provenance, save_adapter, sidecar
 from loraclr.formats.files import digest, tensor_digest
@@ -31,6 +31,7 @@ from loraclr.methods.problem import AdapterMethod, LayerProblem, LayerSolution, 
 from loraclr.pipeline import Pipeline
 from loraclr.predictions import model_problem
 from loraclr.preflight import check_fit, checks, union
+from loraclr.scratch import Scratch, peak_memory
 from loraclr.statistics import LayerStats
 
 
@@ -72,6 +73,7 @@ class MergeResult:
     collection: Mapping[str, Any] | None
     seconds: Mapping[str, float] = field(default_factory=dict)
     cross_talk: CrossTalk | None = None  # over all layers, where features were collected
+    memory: Mapping[str, int | None] = field(default_factory=dict)  # bytes: the process's `peak` so far, and the most on the `disk`
 
     def mean_residual(self, kind: str = "held_out", *, concept: str | None = None) -> float:
         """The mean over layers and concepts (or of one concept) of the `fit` or `held_out` residual; NaN if none was measured."""
@@ -99,6 +101,7 @@ class MergeResult:
             "cross_talk": None if self.cross_talk is None else _tables(self.cross_talk),
             "layers": [dataclasses.asdict(layer) for layer in self.layers],
             "seconds": dict(self.seconds),
+            "memory": dict(self.memory),
         }
         plain: dict[str, Any] = _plain(whole)
         return plain
@@ -118,6 +121,7 @@ class MergeResult:
             "inputs": [{key: value for key, value in entry.items() if key != "file"} for entry in self.inputs],
             "residual": {kind: _rounded(self.mean_residual(kind)) for kind in ("fit", "held_out")},
             "versions": dict(self.versions),
+            "collection": {key: self.collection[key] for key in REPEATED} if self.collection else None,
         }
         return {
             provenance.RECEIPT: json.dumps(_plain(compact), sort_keys=True, allow_nan=False),
@@ -160,6 +164,7 @@ def merge(
     allow: Sequence[str] = (),
     name: str = "merged",
     progress: Callable[[str, float], None] | None = None,
+    scratch: str | Path | None = None,
     statistics: Mapping[str, LayerStats] | None = None,
 ) -> MergeResult:
     """Merge adapters (or their files) into one.
@@ -171,6 +176,7 @@ def merge(
     that need none, to report residuals. `collection` says what is collected; without it, methods that want all rows get the
     released code's prompts. `score` judges a merged adapter, higher is better, for a method that searches (`lorahub`). `allow` makes
     warnings of refusals that are judgements, those in `JUDGED` of `preflight.py`. `progress` is told a phase and its share done, 0..1.
+    `scratch` is a folder for statistics that do not fit into memory, the system's for temporary files without it; nothing stays there.
     `statistics`, by layer, are used instead of collecting any (pack.py). Raises MergeError, UsageError.
     """
     started = time.perf_counter()
@@ -220,7 +226,9 @@ def merge(
     merged: dict[str, Layer] = {}
     receipts: list[LayerReceipt] = []
     talk: CrossTalk | None = None
+    spilled = 0
     for stage, names in enumerate(stages):
+        room = Scratch(scratch)  # closed by itself where an error ends the merge
         seen: Mapping[str, LayerStats] = statistics or {}
         if collecting and base is not None:
             began, done = time.perf_counter(), 0
@@ -231,7 +239,7 @@ def merge(
                 if progress:
                     progress(f"collecting stage {stage + 1} of {len(stages)}: {what}", done / (len(concepts) + 1))
 
-            seen = collect(base, concepts, names, settings=settings, merged=merged, progress=tell)
+            seen = collect(base, concepts, names, settings=settings, merged=merged, progress=tell, scratch=room)
             seconds["collect"] += time.perf_counter() - began
         began = time.perf_counter()
         problems = (_problem(layer, shapes, concepts, base, seen.get(layer), seed) for layer in names)
@@ -253,6 +261,8 @@ def merge(
             if progress:
                 progress(f"solving stage {stage + 1} of {len(stages)}", (index + 1) / len(names))
         seconds["solve"] += time.perf_counter() - began
+        spilled = max(spilled, room.written)
+        room.close()
     return MergeResult(
         Adapter(
             merged,
@@ -289,6 +299,7 @@ def merge(
         dataclasses.asdict(settings) if collecting or prompted else None,
         {key: round(value, 3) for key, value in seconds.items()},
         talk,
+        {"peak": peak_memory(), "disk": spilled},
     )
 
 
@@ -362,6 +373,7 @@ def _receipt(
     )
     moments = list(problem.statistics.fit.values()) if problem.statistics else []
     heard = cross_talk(problem, up, down) if problem.statistics else None
+    diagnostics = {**solution.diagnostics, **({"sketched": True} if any(m.sketched for m in moments) else {})}  # else exact
     receipt = LayerReceipt(
         problem.layer,
         stage,
@@ -374,7 +386,7 @@ def _receipt(
         solution.advice,
         {key: _rounded(value) for key, value in _residuals(problem, up, down).items()},
         {key: _rounded(value) for key, value in heard.summary().items()} if heard else {},
-        {key: _rounded(value) if isinstance(value, float) else value for key, value in solution.diagnostics.items()},
+        {key: _rounded(value) if isinstance(value, float) else value for key, value in diagnostics.items()},
     )
     return layer, receipt, heard
 
@@ -386,7 +398,7 @@ def _tables(talk: CrossTalk) -> dict[str, Any]:
 
 
 def _residuals(problem: LayerProblem, up: torch.Tensor, down: torch.Tensor) -> dict[str, float]:
-    return residuals(problem, up @ down) if problem.statistics is not None else {}
+    return residuals(problem, (up, down))
 
 
 def file_factors(problem: LayerProblem, solution: LayerSolution, rank: int | None = None) -> Truncation:

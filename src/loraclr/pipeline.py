@@ -363,15 +363,27 @@ class Pipeline:
         )
         return self.decode(latents)
 
-    def run(self, prompts: Sequence[str], *, seeds: Sequence[int], steps: int = STEPS, size: tuple[int, int] | None = None) -> Tensor:
+    def run(
+        self,
+        prompts: Sequence[str],
+        *,
+        seeds: Sequence[int],
+        steps: int = STEPS,
+        size: tuple[int, int] | None = None,
+        half: bool = False,
+    ) -> Tensor:
         """Denoise `prompts`, conditional only, for what hooks see of it -> latents as the family keeps them.
 
-        Where guidance is embedded it has the pipeline's own value. Raises UsageError for settings that do not fit.
+        `half` multiplies in bfloat16 where that is safe (autocast). Where guidance is embedded it has the pipeline's own value. Raises
+        UsageError for settings that do not fit.
         """
+        cast = torch.autocast(self.device.type, torch.bfloat16, enabled=half)
         if self.plain:
-            return self.denoise(self.encode(prompts), seeds=seeds, steps=steps, size=size)
+            states = self.encode(prompts)
+            with cast:
+                return self.denoise(states, seeds=seeds, steps=steps, size=size)
         pixels = self.check_settings(seeds=seeds, steps=steps, guidance=1.0, size=size)
-        with torch.inference_mode():
+        with torch.inference_mode(), cast:
             latents: Tensor = sampling.call(self._pipe, prompts, seeds=seeds, steps=steps, size=pixels, guidance=None, pictures=False)
         return _usable(latents)
 

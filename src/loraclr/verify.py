@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,16 +13,18 @@ import torch
 from torch import Tensor
 
 from loraclr.adapter import Adapter, LoraLayer
-from loraclr.collect import PAPER, Collection, Concept, collect
+from loraclr.collect import PAPER, REPEATED, Collection, Concept, collect
 from loraclr.errors import LoraclrError, UsageError
 from loraclr.formats import FileReport, examine, load_adapter, provenance
 from loraclr.methods import make_method
 from loraclr.methods.problem import LayerProblem, residuals
 from loraclr.pipeline import Pipeline
 from loraclr.preflight import check_fit, union
+from loraclr.scratch import Scratch
 
 TOLERANCE = 0.25  # of a strength, either way
 SLACK = 0.05  # of the mean residual, above what a merge by features measured itself
+MOST_STEPS = 1000  # a header may say anything
 # In half precision an entry below 6e-5 is rounded to a multiple of 2^-24. Entries of this root mean square lose a thousandth by that.
 _SUBNORMAL = 2**-24 / 12**0.5 / 1e-3
 
@@ -148,7 +151,7 @@ def _featured(
     stages = base.stages(list(shapes))
     for number, stage in enumerate(stages):
         before = {name: whole.layers[name] for one in stages[:number] for name in one if name in whole.layers}
-        statistics = collect(base, concepts, stage, settings=settings, merged=before)
+        statistics = collect(base, concepts, stage, settings=settings, merged=before, scratch=Scratch())
         for name in stage:
             problem = dataclasses.replace(measure.problem(name, shapes[name]), statistics=statistics[name])
             measure.add(name, problem, whole, {one: statistics[name].fit[one].gram() for one in measure.names})
@@ -229,9 +232,12 @@ def _needs(receipt: Mapping[str, object]) -> frozenset[str]:
 
 
 def _collected(receipt: Mapping[str, object]) -> Collection:
-    """What a merge by this method and seed collects for itself, without what only it needs."""
+    """What this merge collected, without what only it needs; where its header says nothing sensible, what its method usually does."""
     usual = PAPER if {"rows", "short"} & _needs(receipt) else Collection()
-    seed = receipt.get("seed")
+    seed, said = receipt.get("seed"), receipt.get("collection")
+    if isinstance(said, dict) and said.keys() >= set(REPEATED) and type(said["steps"]) is int and said["steps"] <= MOST_STEPS:
+        with suppress(UsageError, TypeError):
+            usual = dataclasses.replace(usual, **{key: said[key] for key in REPEATED})
     return dataclasses.replace(usual, preserve=(), sample=0, held_out=(), seed=seed if isinstance(seed, int) and seed >= 0 else 0)
 
 

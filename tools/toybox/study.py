@@ -25,7 +25,7 @@ from measure import concept_pictures, concept_scores, factors, row
 from world import identities
 
 from loraclr.adapter import Adapter
-from loraclr.collect import Collection
+from loraclr.collect import QUICK, Collection
 from loraclr.evaluate import paired
 from loraclr.formats import load_adapter
 from loraclr.linalg import truncate
@@ -95,6 +95,9 @@ def settings() -> dict[str, Setting]:
         rows[f"{steps} timesteps"] = Setting(collection=replace(usual, steps=steps))
     for spatial in (1, 8):
         rows[f"{spatial} of the prompts through the UNet"] = Setting(collection=replace(usual, spatial=spatial))
+    rows["bfloat16 passes"] = Setting(collection=replace(usual, precision="bfloat16"))
+    rows["as --quick, in float32"] = Setting(collection=replace(QUICK, precision="float32"))
+    rows["all of --quick"] = Setting(collection=QUICK)
     for stage in STAGES:
         rows[f"only {stage}, own adapter for the rest"] = Setting(merged=(stage,), rest="own")
     rows["only text"] = Setting(merged=("text",))

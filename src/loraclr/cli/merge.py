@@ -49,6 +49,9 @@ def merge(
     ] = "kohya",
     dtype: Annotated[Literal["fp16", "fp32"], typer.Option(help="Precision of the output.")] = "fp16",
     seed: Annotated[int, typer.Option(help="Of the noise that features are collected on.")] = 0,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="A tenth of the passes through the UNet, in bfloat16: for large models without a GPU.")
+    ] = False,
     allow: Annotated[
         list[str],
         typer.Option(metavar="CHECK", help="Merge in spite of distilled, edit or prediction; repeatable.", show_default=False),
@@ -59,6 +62,10 @@ def merge(
     base_dtype: BaseDtype = "fp32",
     offload: Offload = False,
     base_config: BaseConfig = None,
+    scratch: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Where statistics go that do not fit into memory; nothing stays.", show_default="beside OUT"),
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing OUT.")] = False,
     json: Annotated[bool, typer.Option("--json", help="Print the receipt as JSON.")] = False,
 ) -> None:
@@ -75,6 +82,7 @@ def merge(
 
     import torch
 
+    from loraclr.collect import QUICK
     from loraclr.merge import merge as run
     from loraclr.methods import find_method, make_method, parameters
 
@@ -91,10 +99,12 @@ def merge(
             calls=calls,
             rank=rank,
             seed=seed,
+            collection=QUICK if quick else None,
             measure=measure,
             allow=allow,
             name=output.name if format == "peft" else output.stem,
             progress=tell,
+            scratch=scratch or output.absolute().parent,
         )
     written = result.save(output, format=format, dtype={"fp16": torch.float16, "fp32": torch.float32}[dtype], sources=not no_sources)
     show_result(result, written, json=json)
@@ -143,6 +153,8 @@ def show_result(result: MergeResult, written: Path, *, json: bool) -> None:
         show.out.print(f"{layer.layer}: {layer.advice}", style="yellow", markup=False)
     if len(advised) > 3:
         show.out.print(f"and advice on {len(advised) - 3} more layers in the receipt", style="yellow")
+    if peak := result.memory.get("peak"):
+        show.out.print(f"peak memory {peak / 1e9:.1f} GB, {(result.memory['disk'] or 0) / 1e9:.1f} GB on disk", style="dim", markup=False)
     show.out.print(f"written: {written}\nreceipt: {written.name}.json", markup=False)
     if result.prompt:
         show.out.print(f"prompt: {result.prompt}", markup=False)

@@ -87,8 +87,8 @@ def _rows(problem: LayerProblem) -> tuple[Tensor, Tensor]:
     """All concepts' rows (q, in), and whose each is (q,). Where only a Gram was kept, rows with that Gram stand for them."""
     parts = []
     for moments in problem.moments():
-        if moments.rows is not None:
-            parts.append(moments.rows)
+        if (rows := moments.rows) is not None:
+            parts.append(rows)
         else:
             values, vectors = torch.linalg.eigh(moments.gram())
             parts.append(values.clamp(min=0).sqrt()[:, None] * vectors.T)

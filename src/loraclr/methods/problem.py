@@ -207,17 +207,25 @@ class AdapterMethod(Protocol):
 Method = LayerMethod | AdapterMethod
 
 
-def residuals(problem: LayerProblem, delta: Tensor) -> dict[str, float]:
-    """||X_i (D - D_i)^T|| / ||X_i D_i^T|| of each concept, for any D (out, in): keys `fit/CONCEPT` and `held_out/CONCEPT`.
+def residuals(problem: LayerProblem, delta: Tensor | tuple[Tensor, Tensor]) -> dict[str, float]:
+    """||X_i (D - D_i)^T|| / ||X_i D_i^T|| of each concept, for any D (out, in) or its factors: keys `fit/CONCEPT` and `held_out/CONCEPT`.
 
     0 is the adapter's own behaviour, 1 the base's. Concepts that do not change this layer's outputs have none.
     """
     if problem.statistics is None:
         return {}
-    found = {}
-    for index, concept in enumerate(problem.concepts):
-        target = problem.delta(index)
+    up, down = linalg.identity_factors(delta.double()) if isinstance(delta, Tensor) else (delta[0].double(), delta[1].double())
+    rank, square, found = up.shape[1], up.T @ up, {}
+    mixed = torch.split_with_sizes(
+        up.T @ torch.cat([own for own, _ in problem.factors], 1), [own.shape[1] for own, _ in problem.factors], 1
+    )
+    for concept, cross, (own_up, own_down) in zip(problem.concepts, mixed, problem.factors, strict=True):
+        own, both = own_up.T @ own_up, torch.cat([down, own_down])
         for kind, moments in (("fit", problem.statistics.fit), ("held_out", problem.statistics.held_out)):
-            if concept in moments and (energy := moments[concept].energy(target)) > 0:
-                found[f"{kind}/{concept}"] = (max(moments[concept].energy(delta.double() - target), 0.0) / energy) ** 0.5
+            if concept not in moments or not own.shape[1]:
+                continue
+            inner = moments[concept].inner(both)  # of [D, D_i]; what is measured is D - D_i
+            if (energy := float((own * inner[rank:, rank:]).sum())) > 0:
+                apart = float((square * inner[:rank, :rank]).sum() - 2 * (cross * inner[:rank, rank:]).sum()) + energy
+                found[f"{kind}/{concept}"] = (max(apart, 0.0) / energy) ** 0.5
     return found

@@ -53,13 +53,25 @@ class Quadratic:
         shares = [(importance[i] if importance else 1.0) / (fit[i].count if normalise else 1) for i in range(number)]
         if balance:
             shares = _balanced(problem, fit, shares)
-        seen = [moments.scaled(share) for moments, share in zip(fit, shares, strict=True)]
-        mu = ridge * sum(map(_trace, seen)) / width
+        parts = list(zip(fit, shares, strict=True))
         if preservation > 0:
-            seen.append(_preserve(problem, preservation * number, normalise))
+            parts.append(_preserve(problem, preservation * number, normalise))
+        kept = sum(moments.kept for moments, _ in parts)
+        sums = _Sums(width, dual=kept < width and all(moments.few for moments, _ in parts))
+        trace = constant = 0.0
+        blocks, outputs = [], []
         ups, downs = zip(*problem.factors, strict=True)
-        blocks = [_times_gram(down, moments) for down, moments in zip(downs, seen, strict=False)]
-        constant = sum(float(((up.T @ up) * (block @ down.T)).sum()) for up, down, block in zip(ups, downs, blocks, strict=True))
+        for index, (moments, share) in enumerate(parts):  # one at a time in memory: they may be on disk
+            seen = moments.loaded().scaled(share)
+            if index < number:
+                block = _times_gram(downs[index], seen)
+                constant += float(((ups[index].T @ ups[index]) * (block @ downs[index].T)).sum())
+                trace += _trace(seen)
+                blocks.append(block)
+                if sums.dual and seen.rows is not None:
+                    outputs.append(seen.rows @ downs[index].T)
+            sums.add(seen)
+        mu = ridge * trace / width
         stack = torch.cat(ups, 1)
         if stack.shape[1] > stack.shape[0]:
             basis, inside = torch.eye(stack.shape[0], dtype=torch.float64), stack
@@ -69,18 +81,11 @@ class Quadratic:
         pull: Tensor | float = 0.0
         if centre is not None:
             pull, constant = mu * centre, constant + mu * float(centre.square().sum())
-
-        loose = [moments.rows for moments in seen if moments.rows is not None]
-        rows = torch.cat(loose) if loose else torch.zeros(0, width, dtype=torch.float64)
-        if len(loose) == len(seen) and len(rows) < width:
-            outputs = [part @ down.T for part, down in zip(loose, downs, strict=False)]
+        if sums.dual:
+            rows = sums.rows()
             targets = _block_diagonal(outputs, len(rows)) @ inside.T
             return Quadratic(basis, targets.T @ rows + pull, centre, mu, constant, linalg.gram(rows.T), rows, targets)
-        square = linalg.gram(rows)
-        for moments in seen:
-            if moments.square is not None:
-                square += moments.square
-        return Quadratic(basis, inside @ torch.cat(blocks) + pull, centre, mu, constant, square, None, None)
+        return Quadratic(basis, inside @ torch.cat(blocks) + pull, centre, mu, constant, sums.square(), None, None)
 
     @staticmethod
     def held_out(problem: LayerProblem) -> Quadratic:
@@ -92,7 +97,7 @@ class Quadratic:
         if problem.statistics is None or set(problem.concepts) - set(kept):
             raise MergeError(f"{problem.layer}: no held-out statistics to choose by; collect some held-out prompts, or set choose='fixed'")
         pairs = zip(problem.concepts, problem.factors, strict=True)
-        energies = [float(((up.T @ up) * (_times_gram(down, kept[concept]) @ down.T)).sum()) for concept, (up, down) in pairs]
+        energies = [float(((up.T @ up) * kept[concept].inner(down)).sum()) for concept, (up, down) in pairs]
         shares = tuple(1 / energy if energy > 0 else 0.0 for energy in energies)
         return Quadratic.of(replace(problem, statistics=replace(problem.statistics, fit=kept)), importance=shares)
 
@@ -151,11 +156,41 @@ class Quadratic:
         return metric
 
 
+class _Sums:
+    """The rows of all moments in one piece, or (not `dual`) the sum of their Grams, for which rows wait until they fill one."""
+
+    def __init__(self, width: int, *, dual: bool) -> None:
+        self.width, self.dual = width, dual
+        self._loose: list[Tensor] = []
+        self._square: Tensor | None = None
+
+    def add(self, moments: Moments) -> None:
+        if moments.rows is not None:
+            self._loose.append(moments.rows)
+            if not self.dual and sum(map(len, self._loose)) >= self.width:
+                self._fold(linalg.gram(self.rows()))
+                self._loose.clear()
+        else:
+            self._fold(moments.gram())
+
+    def rows(self) -> Tensor:
+        return torch.cat([torch.zeros(0, self.width, dtype=torch.float64), *self._loose])
+
+    def square(self) -> Tensor:
+        if self._loose or self._square is None:
+            self._fold(linalg.gram(self.rows()))
+        assert self._square is not None
+        return self._square
+
+    def _fold(self, square: Tensor) -> None:  # `square` is ours: `scaled` and `gram` make new ones
+        self._square = square if self._square is None else self._square.add_(square)
+
+
 def _balanced(problem: LayerProblem, fit: list[Moments], shares: list[float]) -> list[float]:
     """Shares under which every adapter's own action counts alike, with the same trace of S. Without an action: the mean factor."""
     energies = []
     for (up, down), moments in zip(problem.factors, fit, strict=True):
-        energies.append(float(((up.T @ up) * (_times_gram(down, moments) @ down.T)).sum()) / max(moments.count, 1))
+        energies.append(float(((up.T @ up) * moments.inner(down)).sum()) / max(moments.count, 1))
     factors = [1 / energy if energy > 0 else 0.0 for energy in energies]
     acting = [factor for factor in factors if factor > 0]
     if not acting:
@@ -167,11 +202,11 @@ def _balanced(problem: LayerProblem, fit: list[Moments], shares: list[float]) ->
 
 
 def _trace(moments: Moments) -> float:
-    return float(moments.rows.square().sum() if moments.rows is not None else moments.gram().trace())
+    return float(rows.square().sum() if (rows := moments.rows) is not None else moments.gram().trace())
 
 
 def _times_gram(down: Tensor, moments: Moments) -> Tensor:
-    return (down @ moments.rows.T) @ moments.rows if moments.rows is not None else down @ moments.gram()
+    return (down @ rows.T) @ rows if (rows := moments.rows) is not None else down @ moments.gram()
 
 
 def _block_diagonal(outputs: list[Tensor], count: int) -> Tensor:
@@ -184,8 +219,9 @@ def _block_diagonal(outputs: list[Tensor], count: int) -> Tensor:
     return targets
 
 
-def _preserve(problem: LayerProblem, preservation: float, normalise: bool) -> Moments:
+def _preserve(problem: LayerProblem, preservation: float, normalise: bool) -> tuple[Moments, float]:
+    """The moments of concept-free prompts, and their share."""
     kept = None if problem.statistics is None else problem.statistics.preserve
     if kept is None or kept.count == 0:
         raise MergeError(f"{problem.layer}: no preservation statistics; collect some concept-free prompts, or set preservation=0")
-    return kept.scaled(preservation / (kept.count if normalise else 1))
+    return kept, preservation / (kept.count if normalise else 1)

@@ -24,7 +24,7 @@ from loraclr.collect import Concept
 from loraclr.errors import FormatError
 from loraclr.formats.base import FLOATS
 from loraclr.formats.files import about as named
-from loraclr.statistics import Moments
+from loraclr.statistics import SKETCH, WIDEST, Moments
 
 MARK = "loraclr.pack"
 VERSION = 1
@@ -89,10 +89,11 @@ class PackFile:
         number, width, count = entry
         tensor = self._tensor(f"moments/{number}")
         few = tensor.ndim == 2
-        expected = (count, width) if few else (width * (width + 1) // 2,)
+        sketched = few and width > WIDEST and count > SKETCH
+        expected = (SKETCH if sketched else count, width) if few else (width * (width + 1) // 2,)
         if tuple(tensor.shape) != expected or tensor.dtype != torch.float64 or not bool(torch.isfinite(tensor).all()):
             raise FormatError(f"{self.path}: the statistics of {layer} are damaged; remove this concept and add it again")
-        return Moments(width, count, tensor, None) if few else Moments(width, count, None, _whole(tensor, width))
+        return Moments(width, count, tensor, None, sketched) if few else Moments(width, count, None, _whole(tensor, width))
 
     def restored(self) -> Concept:
         """The concept: its adapter, to the last bit as it was added, and its call."""
