@@ -68,6 +68,19 @@ def test_training_says_which_families_it_can(capsys, xl):
 
     (xl / "pictures").mkdir()
     Image.new("RGB", (16, 16)).save(xl / "pictures" / "a.png")
-    words = ["train", xl / "pictures", "--base", xl / "base", "--trigger", "qq", "--class", "man", "--output", xl / "qq.safetensors"]
+    words = [
+        "train",
+        "--recipe",
+        "edlora",
+        xl / "pictures",
+        "--base",
+        xl / "base",
+        "--trigger",
+        "qq",
+        "--class",
+        "man",
+        "--output",
+        xl / "qq.safetensors",
+    ]
     code, _, err = call(capsys, *words, "--device", "cpu")
-    assert code == 1 and "not supported; use a Stable Diffusion 1 or 2" in err
+    assert code == 1 and "not supported; use a Stable Diffusion 1 or 2" in err and "edlora" in err
