@@ -26,6 +26,7 @@ ORDER = (
     ("control", "settings", "strategies"),
     ("collect",),
     ("lockstep", "predictions", "preflight"),
+    ("refit",),
     ("merge",),
     ("fuse", "pack", "verify"),
     ("generate", "train"),

@@ -186,7 +186,7 @@ def collect(
     fit, held_out, free = settings.fit, settings.held_out, settings.preserve
     if stage == "spatial":
         fit, held_out, free = fit[: settings.spatial], held_out[: settings.spatial_held_out], free[: settings.spatial_preserve]
-    calls = settings.steps * len(_portions(pipeline, fit)) if stage == "spatial" else len(fit)
+    calls = settings.steps * len(portions(pipeline, fit)) if stage == "spatial" else len(fit)
     keep, ends = -(-settings.sample // calls), stage != "spatial" and not settings.padded
     with ExitStack() as stack, torch.inference_mode():
         stack.enter_context(pipeline.applied(dict(merged or {})))
@@ -229,10 +229,10 @@ def stage_of(pipeline: Pipeline, names: Sequence[str]) -> str:
     return "spatial" if pipeline.cross_attention_index(names[0]) is None else "keys"
 
 
-def _portions(pipeline: Pipeline, prompts: Sequence[str]) -> list[list[int]]:
-    """Which prompts go through the UNet together."""
+def portions(pipeline: Pipeline, prompts: Sequence[str], *, copies: int = 1) -> list[list[int]]:
+    """Which prompts go through the UNet together, each `copies` times."""
     height, width = pipeline.check_settings(seeds=(), steps=1, guidance=1, size=None)
-    most = max(1, PIXELS // (height * width))
+    most = max(1, PIXELS // (height * width * copies))
     return [list(range(start, min(start + most, len(prompts)))) for start in range(0, len(prompts), most)]
 
 
@@ -251,7 +251,7 @@ def _record(
         return
     if stage == "spatial":
         half = settings.precision == "bfloat16"
-        for portion in _portions(pipeline, prompts):
+        for portion in portions(pipeline, prompts):
             seeds = [settings.seed + latents + index for index in portion]
             with pipeline.captured(names, recorder.add):
                 pipeline.run([prompts[index] for index in portion], seeds=seeds, steps=settings.steps, half=half)

@@ -89,6 +89,14 @@ def block_diagonal(blocks: Sequence[Tensor]) -> Tensor:
     return whole
 
 
+def span(columns: Tensor) -> Tensor:
+    """(out, min(out, k)) orthonormal columns whose span holds those of (out, k)."""
+    if columns.shape[1] > columns.shape[0]:
+        return torch.eye(columns.shape[0], dtype=columns.dtype)
+    basis: Tensor = torch.linalg.qr(columns)[0]
+    return basis
+
+
 def truncate(up: Tensor, down: Tensor, rank: int) -> Truncation:
     """The best approximation of up @ down of rank `rank` (Eckart-Young), factors balanced by the square root of s."""
     u, s, vh = svd_of_product(up, down)

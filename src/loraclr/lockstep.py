@@ -7,7 +7,7 @@ from the same seed; the N x N sums are exact up to float32 features.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any
@@ -69,7 +69,7 @@ def _spatial(
     with ExitStack() as stack:
         stack.enter_context(pipeline.applied(dict(merged)))
         stack.enter_context(pipeline.with_tokens(tokens))
-        stack.enter_context(side_by_side(pipeline, concepts, list(tallies)))
+        stack.enter_context(side_by_side(pipeline, [(_among(concept, tallies), concept.weight) for concept in concepts]))
         stack.enter_context(pipeline.captured(list(tallies), add))
         for index, template in enumerate(settings.fit[: settings.spatial]):
             states = pipeline.encode([template.replace("{}", concept.call) for concept in concepts])
@@ -77,21 +77,25 @@ def _spatial(
             pipeline.denoise(states, seeds=[seed] * len(concepts), steps=settings.steps)
 
 
+def _among(concept: Concept, names: Container[str]) -> dict[str, Layer]:
+    return {name: layer for name, layer in concept.adapter.layers.items() if name in names}
+
+
 @contextmanager
-def side_by_side(pipeline: Pipeline, concepts: Sequence[Concept], names: Sequence[str]) -> Iterator[None]:
-    """Inside, picture k of every batch of len(concepts) passes the layers `names` with concept k's change, times its weight, added."""
+def side_by_side(pipeline: Pipeline, parts: Sequence[tuple[Mapping[str, Layer], float]]) -> Iterator[None]:
+    """Inside, every batch is cut into len(parts) equal ones, and part k has the k-th changes, times their weight, in its layers."""
 
     def hook(name: str, module: nn.Module) -> Any:
-        own = [(concept.adapter.layers.get(name), concept.weight) for concept in concepts]
+        changes = [(layers.get(name), weight) for layers, weight in parts]
 
         def add(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
-            parts = zip(own, inputs[0].chunk(len(concepts)), output.chunk(len(concepts)), strict=True)
-            return torch.cat([out if layer is None else out + weight * _through(layer, module, x) for (layer, weight), x, out in parts])
+            split = zip(changes, inputs[0].chunk(len(parts)), output.chunk(len(parts)), strict=True)
+            return torch.cat([out if layer is None else out + weight * _through(layer, module, x) for (layer, weight), x, out in split])
 
         return module.register_forward_hook(add)
 
     with ExitStack() as handles:
-        for name in names:
+        for name in dict.fromkeys(name for layers, _ in parts for name in layers):
             handles.callback(hook(name, pipeline.modules[name]).remove)
         yield
 

@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ import torch
 from loraclr import __version__, disk
 from loraclr.adapter import Adapter, Layer, LoraLayer
 from loraclr.blocks import weighted
-from loraclr.collect import ALL_ROWS, PAPER, REPEATED, Collection, Concept, collect
+from loraclr.collect import ALL_ROWS, PAPER, REPEATED, Collection, Concept, collect, stage_of
 from loraclr.errors import MergeError, UsageError
 from loraclr.formats import load_adapter, provenance, save_adapter, sidecar
 from loraclr.formats.files import digest, tensor_digest
@@ -31,6 +32,7 @@ from loraclr.methods.problem import AdapterMethod, LayerProblem, LayerSolution, 
 from loraclr.pipeline import Pipeline
 from loraclr.predictions import model_problem
 from loraclr.preflight import check_fit, checks, union
+from loraclr.refit import Refits, refitted
 from loraclr.scratch import Scratch, peak_memory
 from loraclr.statistics import LayerStats
 
@@ -242,7 +244,11 @@ def merge(
             seen = collect(base, concepts, names, settings=settings, merged=merged, progress=tell, scratch=room)
             seconds["collect"] += time.perf_counter() - began
         began = time.perf_counter()
-        problems = (_problem(layer, shapes, concepts, base, seen.get(layer), seed) for layer in names)
+
+        def problem_of(layer: str, seen: Mapping[str, LayerStats] = seen) -> LayerProblem:
+            return _problem(layer, shapes, concepts, base, seen.get(layer), seed)
+
+        problems = map(problem_of, names)
         pairs: Iterable[tuple[LayerProblem, LayerSolution]] = (
             (problem, solved[problem.layer] if isinstance(solver, AdapterMethod) else solver.solve(problem)) for problem in problems
         )
@@ -253,13 +259,20 @@ def merge(
             pairs = settled(base, concepts, pairs, settings=settings, merged=merged)
             spent = time.perf_counter() - second
             seconds["certify"], began = seconds.get("certify", 0.0) + spent, began + spent
+        if base is not None and isinstance(solver, Refits) and "twins" in solver.needs and stage_of(base, names) == "spatial":
+            again = refitted(
+                base, concepts, names, method=solver, problem=problem_of, settings=settings, merged=merged, progress=progress
+            )  # fmt: skip
+            pairs = chain(pairs, again)
+        found: dict[str, tuple[LayerReceipt, CrossTalk | None]] = {}
         for index, (problem, solution) in enumerate(pairs):
-            layer = problem.layer
-            merged[layer], receipt, heard = _receipt(problem, solution, solver.name, rank, stage)
+            merged[problem.layer], receipt, heard = _receipt(problem, solution, solver.name, rank, stage)
+            found[problem.layer] = receipt, heard
+            if progress and index < len(names):
+                progress(f"solving stage {stage + 1} of {len(stages)}", (index + 1) / len(names))
+        for receipt, heard in found.values():
             receipts.append(receipt)
             talk = heard if talk is None or heard is None else talk + heard
-            if progress:
-                progress(f"solving stage {stage + 1} of {len(stages)}", (index + 1) / len(names))
         seconds["solve"] += time.perf_counter() - began
         spilled = max(spilled, room.written)
         room.close()

@@ -144,6 +144,26 @@ class HalfMoments(Moments):
 
 
 @dataclass(frozen=True, eq=False)
+class Twin:
+    """A layer's inputs X in one run beside its inputs X' in another, row for row: `square` X'^T X' and `cross` X^T X', (in, in) float64."""
+
+    count: int
+    square: Tensor
+    cross: Tensor
+
+    @staticmethod
+    def of(rows: Tensor, others: Tensor) -> Twin:
+        """Of X and X', both (count, in) of any float type. Raises FormatError on NaN or infinity."""
+        if not bool(torch.isfinite(rows).all() and torch.isfinite(others).all()):
+            raise FormatError("features hold NaN or infinity: run the base in float32")
+        rows, others = rows.detach().double(), others.detach().double()
+        return Twin(len(rows), linalg.gram(others).cpu(), (rows.T @ others).cpu())
+
+    def __add__(self, other: Twin) -> Twin:
+        return Twin(self.count + other.count, self.square + other.square, self.cross + other.cross)
+
+
+@dataclass(frozen=True, eq=False)
 class LayerStats:
     """One layer's statistics for all concepts.
 

@@ -11,10 +11,13 @@ from typing import Annotated, ClassVar, Literal
 import torch
 from torch import Tensor
 
+from loraclr import linalg
+from loraclr.errors import MergeError, UsageError
 from loraclr.methods.contrast import Contrast, active, refine
 from loraclr.methods.options import Checked, Option
 from loraclr.methods.problem import Claim, Distances, LayerProblem, LayerSolution
 from loraclr.methods.quadratic import Quadratic
+from loraclr.statistics import Twin
 
 FEW = 16  # paired rows that the certificate is tried on first
 LADDER = (1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1000.0)  # what `choose` tries, times `ridge`
@@ -60,6 +63,9 @@ class Loraclr(Checked):
     certificate: Annotated[
         Literal["bound", "exact"], Option("judge the hinge on the paired rows that were kept, or on all rows in a second pass")
     ] = "bound"
+    rounds: Annotated[
+        int, Option("2 and more: fit the UNet's blocks again, one after the other, to what the merged model sees there; slower", 1)
+    ] = 1
 
     name: ClassVar[str] = "loraclr"
     summary: ClassVar[str] = "the LoRACLR objective at its optimum, in closed form, with a certificate"
@@ -76,9 +82,17 @@ class Loraclr(Checked):
     def needs(self) -> frozenset[str]:
         hinge = {"sample", "base"} if self.space == "output" else {"sample"}
         exact = {"lockstep"} if self.certificate == "exact" else set()
+        again = {"twins", "base"} if self.rounds > 1 else set()
         return frozenset(
-            {"statistics"} | ({"preserve"} if self.preservation > 0 else set()) | (hinge | exact if self.margin > 0 else set())
+            {"statistics"} | again | ({"preserve"} if self.preservation > 0 else set()) | (hinge | exact if self.margin > 0 else set())
         )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        unfit = {"choose": self.choose != "fixed", "balance": self.balance, "penalty": self.penalty > 0}
+        if self.rounds > 1 and any(unfit.values()):
+            names = ", ".join(name for name, given in unfit.items() if given)
+            raise UsageError(f"method 'loraclr': rounds={self.rounds} knows no {names}; leave that out, or rounds at 1")
 
     def solve(self, problem: LayerProblem) -> LayerSolution:
         number = len(problem.concepts)
@@ -116,6 +130,44 @@ class Loraclr(Checked):
             return answer(*self._settled(problem, outcomes, tables))
 
         return replace(solution, claim=Claim(self.space, tuple((quadratic.up, one.v) for one in outcomes), settle))
+
+    def refit(self, problem: LayerProblem, twins: Mapping[str, Twin], preserve: Twin | None) -> LayerSolution:
+        """The least of sum_i a_i ||X'_i (W + D)^T - X_i (W + D_i)^T||^2 + N w ||X'_0 (W + D)^T - X_0 W^T||^2 + mu ||D - P||^2 over D in the
+        adapters' span: X' are the merged model's inputs, X those of the adapter's own run (of the base's, for i = 0). With X' = X it is
+        the objective above without its hinge.
+        """
+        assert problem.base is not None
+        number, weight = len(problem.concepts), problem.base.to(torch.float64)
+        shares = [
+            (self.importance[index] if self.importance else 1.0) / (twins[concept].count if self.normalise else 1)
+            for index, concept in enumerate(problem.concepts)
+        ]
+        runs = [twins[concept] for concept in problem.concepts]
+        square = sum((share * run.square for share, run in zip(shares, runs, strict=True)), torch.zeros(()))
+        mu = self.ridge * float(square.trace()) / problem.width
+        ups, downs = zip(*problem.factors, strict=True)
+        basis = linalg.span(torch.cat(ups, 1))
+        inside = basis.T @ weight
+        right = torch.zeros_like(inside)
+        for share, run, up, down in zip(shares, runs, ups, downs, strict=True):
+            right += share * ((basis.T @ up) @ (down @ run.cross) + inside @ (run.cross - run.square))
+        if self.preservation > 0:
+            if preserve is None:
+                raise MergeError(f"{problem.layer}: no concept-free prompts were run; collect some, or set preservation=0")
+            share = self.preservation * number / (preserve.count if self.normalise else 1)
+            square = square + share * preserve.square
+            right += share * (inside @ (preserve.cross - preserve.square))
+        if self.prior == "mean":
+            right += mu * sum(((basis.T @ up) @ down for up, down in zip(ups, downs, strict=True)), torch.zeros(())) / number
+        solution = LayerSolution.of_factors(
+            basis,
+            linalg.ridge_solve(right, square, mu),
+            status="refitted",
+            rows=sum(run.count for run in runs),
+            in_features=problem.width,
+            mu=mu,
+        )
+        return replace(solution, metric=lambda: square + mu * torch.eye(problem.width, dtype=torch.float64))
 
     def _answer(
         self, problem: LayerProblem, quadratic: Quadratic, extra: float, convex: Outcome, chosen: Outcome, status: str, certificate: str

@@ -165,6 +165,7 @@ NEEDS: Mapping[str, str] = MappingProxyType(
         "short": "the released code's few unpadded prompts",
         "preserve": "statistics of concept-free prompts",
         "predictions": "the model's noise predictions under each adapter",
+        "twins": "what each layer sees in the merged model, beside each adapter's own run",
         "lockstep": "exact distances between all concepts, from a second pass that runs them side by side",
         "score": "a score of yours, if you have one",
         "generator": "a seed",

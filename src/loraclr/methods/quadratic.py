@@ -73,10 +73,8 @@ class Quadratic:
             sums.add(seen)
         mu = ridge * trace / width
         stack = torch.cat(ups, 1)
-        if stack.shape[1] > stack.shape[0]:
-            basis, inside = torch.eye(stack.shape[0], dtype=torch.float64), stack
-        else:
-            basis, inside = torch.linalg.qr(stack)
+        basis = linalg.span(stack)
+        inside = basis.T @ stack
         centre = inside @ torch.cat(downs) / number if prior == "mean" else None
         pull: Tensor | float = 0.0
         if centre is not None:
