@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.text import Text
 
+from loraclr import disk
 from loraclr.cli import evaluate, parse, show
 from loraclr.errors import UsageError
 
@@ -88,6 +89,9 @@ def compare(
     if output.suffix != ".html":
         raise UsageError(f"--output {output}: the page is HTML; end its name in .html")
     _check_pictures(base, pictures, prompts, judge, face_judge, references)
+    parse.hold(disk.reserved(output))
+    if json is not None and not printed:
+        parse.hold(disk.reserved(json))
     asked = None if size is None else parse.size(size)
     weights = parse.weights(weight, [parse.adapter_name(path) for path in files])
     calls = dict(parse.pair(text, "--trigger") for text in trigger)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from loraclr import disk
 from loraclr.compare.measures import Measure
 from loraclr.evaluate import Estimate, Evaluation
 from loraclr.merge import MergeResult
@@ -80,18 +80,8 @@ class Comparison:
 
     def save(self, path: str | Path) -> Path:
         """The report, whole or not at all."""
-        return write(Path(path), json.dumps(self.report(), indent=1, allow_nan=False) + "\n")
-
-
-def write(path: Path, text: str) -> Path:
-    """Whole or not at all, also when interrupted."""
-    part = path.with_name(f".{path.name}.part")
-    try:
-        part.write_text(text, encoding="utf-8")
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
-    return path
+        disk.write(path, json.dumps(self.report(), indent=1, allow_nan=False) + "\n")
+        return Path(path)
 
 
 def _entry(entry: Entry) -> dict[str, Any]:

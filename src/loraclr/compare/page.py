@@ -10,7 +10,8 @@ from string import Template
 
 from PIL import Image
 
-from loraclr.compare.comparison import Comparison, Entry, write
+from loraclr import disk
+from loraclr.compare.comparison import Comparison, Entry
 from loraclr.compare.measures import Measure
 from loraclr.methods.crosstalk import CrossTalk
 from loraclr.page import STYLE, img
@@ -38,8 +39,8 @@ def write_page(comparison: Comparison, path: str | Path) -> Path:
     columns = ["residual, held out", "residual, usual", "strength", "cross-talk"] if measured else []
     heads = ["method", *columns, "rank", "file", "seconds", "memory"]
     page = Template((Path(__file__).parent / "page.html").read_text(encoding="utf-8"))
-    return write(
-        Path(path),
+    disk.write(
+        path,
         page.substitute(
             style=STYLE,
             methods=len(merged),
@@ -54,6 +55,7 @@ def write_page(comparison: Comparison, path: str | Path) -> Path:
             settings=_settings(comparison),
         ),
     )
+    return Path(path)
 
 
 def _row(entry: Entry, merged: Sequence[Entry], measured: bool) -> str:

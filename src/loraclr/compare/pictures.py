@@ -9,6 +9,7 @@ from pathlib import Path
 
 from PIL import Image
 
+from loraclr import disk
 from loraclr.compare.comparison import Comparison
 from loraclr.compare.run import file_name
 from loraclr.errors import UsageError
@@ -47,26 +48,27 @@ def draw(
     templates = [template(prompt) for prompt in prompts]
     rows, calls, root = [], _calls(comparison), Path(folder)
     wanted = variants(comparison, adapters)
-    for number, (label, variant) in enumerate(wanted.items()):
-        files: list[str] = []
-        for name, call in calls.items():
-            inside = root / "pictures" / label / name
-            with pipeline.applied(variant.of(name)) if variant is not None else nullcontext():
-                made = generate(
-                    pipeline,
-                    [fill(text, call) for text in templates],
-                    seeds=seeds,
-                    steps=steps,
-                    guidance=guidance,
-                    size=size,
-                    batch_size=batch_size,
-                )
-                for place, picture in enumerate(made):
-                    path = inside / f"{place // len(seeds) + 1:02d}-{picture.seed}.png"
-                    files.append(picture.save(path).relative_to(root).as_posix())
-        rows.append(_row(label, files, calls, templates, seeds))
-        if progress:
-            progress("drawing", (number + 1) / len(wanted))
+    with disk.folder(root):
+        for number, (label, variant) in enumerate(wanted.items()):
+            files: list[str] = []
+            for name, call in calls.items():
+                inside = root / "pictures" / label / name
+                with pipeline.applied(variant.of(name)) if variant is not None else nullcontext():
+                    made = generate(
+                        pipeline,
+                        [fill(text, call) for text in templates],
+                        seeds=seeds,
+                        steps=steps,
+                        guidance=guidance,
+                        size=size,
+                        batch_size=batch_size,
+                    )
+                    for place, picture in enumerate(made):
+                        path = inside / f"{place // len(seeds) + 1:02d}-{picture.seed}.png"
+                        files.append(picture.save(path).relative_to(root).as_posix())
+            rows.append(_row(label, files, calls, templates, seeds))
+            if progress:
+                progress("drawing", (number + 1) / len(wanted))
     found = Evaluation(tuple(rows), {"prompts": templates, "seeds": list(seeds), "steps": steps, "guidance": guidance})
     return replace(comparison, pictures=found, folder=root)
 

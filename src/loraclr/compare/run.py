@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
+from loraclr import disk
 from loraclr.adapter import Adapter
 from loraclr.collect import Collection, Concept
 from loraclr.compare.comparison import Comparison, Entry
@@ -83,7 +84,7 @@ def compare(
             seconds = time.perf_counter() - began
             with tempfile.TemporaryDirectory() as scratch:
                 folder = Path(scratch if keep is None else keep)
-                folder.mkdir(parents=True, exist_ok=True)
+                disk.make_folder(folder)
                 size = result.save(folder / f"{file_name(label)}.safetensors").stat().st_size
             entries.append(Entry(label, "", result, size, seconds, peak.megabytes))
         except Exception as error:  # also of the libraries below: the other methods' results must not be lost
