@@ -6,8 +6,8 @@ Scenarios differ in the layers that the files adapt: `keys` only cross-attention
 UNet, `text` the text encoder, `whole` all of these with projections, feed-forward and 3x3 convolutions. `scale N` merges N files on the
 toybox's own base. Every scenario is a process of its own; seconds are of its phases, memory is what the process had above the loaded base.
 Adapters have a part that all share, decaying singular values and 5 % of the weight's norm. The released procedure's cost (all features
-of 20 steps kept, 50 optimiser steps a layer) is extrapolated from one UNet pass and from few steps on few rows per layer size. The
-tokenizer is the toybox's. `--quick` shrinks everything and only checks that it runs.
+of 20 steps kept, 50 optimiser steps a layer) is extrapolated: from one UNet pass, and linearly from 5 steps on 256 and 1024 rows of a
+size. The tokenizer is the toybox's. `--quick` shrinks everything and only checks that it runs.
 """
 
 from __future__ import annotations
@@ -282,10 +282,15 @@ def released(quick: bool) -> dict[str, float]:
     seconds = megabytes = 0.0
     method = make_method("loraclr-reference:official", steps=5)
     for (out, wide, rows), layers in counts.items():
-        layer = Layer(Kind("", out, wide, few := min(rows, 256), 0.3), CONCEPTS).raw()
-        began = time.perf_counter()
-        method.solve(layer)  # type: ignore[union-attr]
-        seconds += layers * (time.perf_counter() - began) * RELEASED_STEPS / 5 * rows / few
+        few = [min(rows, 256), min(rows, 1024)]
+        times = []
+        for count in few:
+            layer = Layer(Kind("", out, wide, count, 0.3), CONCEPTS).raw()
+            began = time.perf_counter()
+            method.solve(layer)  # type: ignore[union-attr]
+            times.append(time.perf_counter() - began)
+        slope = max(times[1] - times[0], 0.0) / (few[1] - few[0]) if few[1] > few[0] else 0.0  # a step costs something even without rows
+        seconds += layers * (times[1] + slope * (rows - few[1])) * RELEASED_STEPS / 5
         megabytes += layers * CONCEPTS * rows * wide * 4 / 1e6
     passes = CONCEPTS * RELEASED_PASSES * found["pass_seconds"]
     return {**found, "features_megabytes": megabytes, "features_seconds": passes, "solve_seconds": seconds}

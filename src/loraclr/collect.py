@@ -293,7 +293,9 @@ def _record_layered(
 
 
 def _alike(pipeline: Pipeline, prompts: Sequence[str], *, padded: bool) -> list[list[int]]:
-    """Which prompts go through the text encoder together: without padding, those of as many tokens."""
+    """Which prompts go through the text encoder together: without padding, those of as many tokens; alone where several encoders read."""
+    if not (padded or pipeline.plain):
+        return [[index] for index in range(len(prompts))]
     by_length: dict[int, list[int]] = {}
     for index, prompt in enumerate(prompts):
         length = pipeline.text_length if padded else min(pipeline.token_count(prompt), pipeline.text_length)
