@@ -456,3 +456,10 @@ def test_the_receipt_says_how_strong_concepts_are_and_how_they_cross(shared, ada
     assert merge(adapters, method="sum").receipt()["cross_talk"] is None
     ours = run(adapters, shared).receipt()["cross_talk"]
     assert ours["after"] < talk["after"] == pytest.approx(talk["before"], rel=1e-3)
+
+
+def test_of_many_adapters_the_receipt_leaves_the_crossing_out(shared, adapters, monkeypatch):
+    monkeypatch.setattr("loraclr.merge.FEW", 2)
+    result = run(adapters, shared)
+    assert result.cross_talk is None and result.receipt()["cross_talk"] is None
+    assert all(not layer.cross_talk and layer.residuals for layer in result.layers)

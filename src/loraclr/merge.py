@@ -41,6 +41,9 @@ class MergeWarning(UserWarning):
     """The merge works, but something about its inputs or its outcome deserves a look."""
 
 
+FEW = 24  # adapters up to which a receipt has their cross-talk: it takes the cube of their number, and would outlast the merge
+
+
 @dataclass(frozen=True)
 class LayerReceipt:
     """What became of one layer."""
@@ -74,7 +77,7 @@ class MergeResult:
     seed: int
     collection: Mapping[str, Any] | None
     seconds: Mapping[str, float] = field(default_factory=dict)
-    cross_talk: CrossTalk | None = None  # over all layers, where features were collected
+    cross_talk: CrossTalk | None = None  # over all layers, where features were collected and adapters are FEW
     memory: Mapping[str, int | None] = field(default_factory=dict)  # bytes: the process's `peak` so far, and the most on the `disk`
 
     def mean_residual(self, kind: str = "held_out", *, concept: str | None = None) -> float:
@@ -385,7 +388,7 @@ def _receipt(
         up.view(*up.shape, *([1, 1] if len(problem.shape) == 4 else [])),
     )
     moments = list(problem.statistics.fit.values()) if problem.statistics else []
-    heard = cross_talk(problem, up, down) if problem.statistics else None
+    heard = cross_talk(problem, up, down) if problem.statistics and len(problem.concepts) <= FEW else None
     diagnostics = {**solution.diagnostics, **({"sketched": True} if any(m.sketched for m in moments) else {})}  # else exact
     receipt = LayerReceipt(
         problem.layer,

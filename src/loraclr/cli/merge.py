@@ -117,6 +117,8 @@ def companions(output: Path) -> list[Path]:
 
 def show_result(result: MergeResult, written: Path, *, json: bool) -> None:
     """What became of a merge that was written, as tables or as the whole receipt."""
+    from loraclr.merge import FEW
+
     sidecar = next((path for path in companions(written)[1:] if path.exists()), None)
     if json:
         show.as_json({"output": str(written), "tokens": None if sidecar is None else str(sidecar), **result.receipt()})
@@ -147,7 +149,10 @@ def show_result(result: MergeResult, written: Path, *, json: bool) -> None:
     show.out.print(stages, "", concepts, "")
     if any(layer.residuals for layer in result.layers):
         show.out.print("fit, held out: mean residual; 0 is the adapter's own behaviour, 1 the base's", style="dim", markup=False)
-        show.out.print("strength: what is left of each adapter; how loud others are on it is in the receipt", style="dim", markup=False)
+        said = "what is left of each adapter; how loud others are on it is in the receipt"
+        if result.cross_talk is None:
+            said = f"not measured for more than {FEW} adapters; loraclr compare does, if it may take long"
+        show.out.print(f"strength: {said}", style="dim", markup=False)
     advised = [layer for layer in result.layers if layer.advice]
     for layer in advised[:3]:
         show.out.print(f"{layer.layer}: {layer.advice}", style="yellow", markup=False)
