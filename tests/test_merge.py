@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import ClassVar
@@ -459,7 +460,7 @@ def test_the_receipt_says_how_strong_concepts_are_and_how_they_cross(shared, ada
 
 
 def test_of_many_adapters_the_receipt_leaves_the_crossing_out(shared, adapters, monkeypatch):
-    monkeypatch.setattr("loraclr.merge.FEW", 2)
+    monkeypatch.setattr(sys.modules["loraclr.merge"], "FEW", 2)
     result = run(adapters, shared)
     assert result.cross_talk is None and result.receipt()["cross_talk"] is None
     assert all(not layer.cross_talk and layer.residuals for layer in result.layers)
