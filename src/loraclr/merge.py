@@ -41,7 +41,7 @@ class MergeWarning(UserWarning):
     """The merge works, but something about its inputs or its outcome deserves a look."""
 
 
-FEW = 24  # adapters up to which a receipt has their cross-talk: it takes the cube of their number, and would outlast the merge
+FEW = 16  # adapters up to which a receipt has their cross-talk: it takes the cube of their number, and would outlast the merge
 
 
 @dataclass(frozen=True)
