@@ -65,6 +65,9 @@ def scale(config: Mapping[str, Any], path: str, rank: int) -> float:
     return strength(config, path)
 
 
+LARGEST = 1e6  # that a rank or alpha may be: trainers write up to some thousands, and 1e300 makes every change infinite
+
+
 def strength(config: Mapping[str, Any], path: str) -> float:
     """What `scale` comes to, by the stated rank alone. `lora_alpha` is `alpha` in the configurations of LoHa and LoKr."""
     rank = _number(_by_pattern(config, "rank_pattern", path, config.get("r", 8)), "r", path)
@@ -91,8 +94,8 @@ def for_ranks(ranks: Mapping[str, int]) -> dict[str, Any]:
 
 
 def _number(value: object, what: str, path: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise FormatError(f"{path}: {what} is {value!r} in the configuration; expected a number")
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= LARGEST:  # NaN too
+        raise FormatError(f"{path}: {what} is {value!r} in the configuration; expected a number up to {LARGEST:g}")
     return value
 
 
