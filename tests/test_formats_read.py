@@ -238,6 +238,8 @@ class TestDiffusers:
             ({"unet.r": 2, "unet.lora_alpha": "8"}, "lora_alpha is '8'"),
             ({"unet.r": 2, "unet.use_dora": True}, "use_dora, but there are no magnitudes"),
             ({"unet.r": 2, "unet.init_lora_weights": "pissa"}, "init_lora_weights='pissa'"),
+            ({"unet.r": 2, "unet.lora_alpha": 1e300}, "expected a number up to 1e"),  # finite, and no change of it is
+            ({"unet.r": 2, "unet.lora_alpha": float("nan")}, "expected a number up to 1e"),
             ({"unet.r": 2, "unet.alpha_pattern": {"(a+)+b": 2}}, "too involved"),
             ({"unet.r": 2, "unet.alpha_pattern": {"(a": 2}}, "no regular expression"),
             ({"unet.r": 2, "unet.alpha_pattern": [1]}, "alpha_pattern is a list"),
