@@ -30,6 +30,7 @@ _VERSIONS = {
     "sdxl": {"ss_base_model_version": "sdxl_base_v1-0"},
     "flux": {"ss_base_model_version": "flux1"},
 }
+_SPECIFIC = {"sdxl": "stable-diffusion-xl-v1-base"}  # as the specification spells what is written where a file says no more
 # True of the tensors they came with, false of any others.
 _STALE = {
     *("ss_network_module", "ss_network_dim", "ss_network_alpha", "ss_network_args"),
@@ -87,8 +88,11 @@ def outgoing(adapter: Adapter, extra: Mapping[str, str]) -> dict[str, str]:
     if adapter.triggers:
         kept[TRIGGERS] = ", ".join(adapter.triggers)
     if adapter.family:
-        spec = next((spec for _, spec, word in _FAMILIES if word == adapter.family), adapter.family)
-        kept[ARCHITECTURE] = f"{spec}/lora"
+        version, spec = next(((version, spec) for version, spec, word in _FAMILIES if word == adapter.family), ("", adapter.family))
+        stated = kept.get(ARCHITECTURE, "").partition("/")[0]  # it may say more: `stable-diffusion-v2-768-v` predicts v
+        kept[ARCHITECTURE] = f"{stated if stated.startswith(spec) else _SPECIFIC.get(adapter.family, spec)}/lora"
+        if not kept.get("ss_base_model_version", "").startswith(version):
+            kept.pop("ss_base_model_version", None)  # of another family, or in words that A1111 takes for one
         kept = _VERSIONS.get(adapter.family, {}) | kept
     return kept | {SPECIFICATION: "1.0.1", **extra}
 
