@@ -16,14 +16,13 @@ import torch
 
 from loraclr.adapter import Adapter
 from loraclr.errors import LoraclrError, MergeError
-from loraclr.formats import names, notes, provenance, reduced
+from loraclr.formats import header, names, notes, provenance, reduced
 from loraclr.pipeline import Pipeline
 
 Level = Literal["refuse", "warn", "note"]
 JUDGED = ("distilled", "edit", "prediction")  # refusals that `allow` turns into warnings
 TOLERABLE = 0.05  # expected loss up to which a rank is called enough
 
-_PREDICTION = "modelspec.prediction_type"
 _DISTILLERS = r"lcm|lightning|turbo|hyper|dmd2?|tcd|pcm|schnell|distill(?:ed|ation)?"
 _DISTILLED = re.compile(
     rf"(?<![a-z])(?:(?:{_DISTILLERS})(?![a-z]).*\d+[ _-]?steps?|lcm[ _-]?lora|lora[ _-]?lcm|hyper[ _-]?(?:sd|sdxl|flux)"
@@ -194,7 +193,7 @@ def _families(adapters: Sequence[Adapter], base: Pipeline | None) -> Iterator[Fi
 
 def prediction(adapter: Adapter) -> str | None:
     """`epsilon` or `v`, where the header says what the model predicts that the adapter was trained on."""
-    if stated := adapter.metadata.get(_PREDICTION):
+    if stated := adapter.metadata.get(header.PREDICTION):
         return "v" if stated.startswith("v") else stated
     noted = adapter.metadata.get("ss_v_parameterization", "").casefold()
     if noted in ("true", "1") or "768-v" in adapter.metadata.get("modelspec.architecture", ""):

@@ -13,6 +13,7 @@ from loraclr.formats.notes import Notes, phrases
 
 TRIGGERS = "modelspec.trigger_phrase"
 ARCHITECTURE = "modelspec.architecture"
+PREDICTION = "modelspec.prediction_type"
 SPECIFICATION = "modelspec.sai_model_spec"
 
 # Start of ss_base_model_version, start of modelspec.architecture, our word. Longer starts first.

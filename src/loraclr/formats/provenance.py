@@ -18,7 +18,7 @@ DESCENT = frozenset({LICENSE, AUTHOR, TAGS, MERGED_FROM, FREQUENCY, RECEIPT, "mo
 
 # Kept where all inputs that state it agree: what a loader must know about the base.
 _AGREED = (
-    *(header.ARCHITECTURE, "modelspec.prediction_type", "modelspec.resolution", "modelspec.encoder_layer"),
+    *(header.ARCHITECTURE, header.PREDICTION, "modelspec.resolution", "modelspec.encoder_layer"),
     *("ss_base_model_version", "ss_v2", "ss_v_parameterization", "ss_clip_skip"),
 )
 
