@@ -331,17 +331,12 @@ def concepts_of(
     allow: Sequence[str] = (),
 ) -> list[Concept]:
     """Adapters with their weights and calls; all that is wrong with them in one message."""
-    problems = []
     if not adapters:
         raise UsageError("nothing to merge; give at least one adapter")
     if weights is not None and len(weights) != len(adapters):
         raise UsageError(f"{len(adapters)} adapters and {len(weights)} weights; give one weight per adapter")
-    names = [adapter.name for adapter in adapters]
-    for unknown in sorted(set(calls) - set(names)):
-        problems.append(f"a trigger was given for {unknown!r}, but the adapters are {', '.join(names)}")
     found = list(checks(adapters, base=base, calls=calls, prompted=needed, allow=allow))
-    problems += [finding.message for finding in found if finding.level == "refuse"]
-    if problems:
+    if problems := [finding.message for finding in found if finding.level == "refuse"]:
         raise MergeError("; ".join(problems))
     for finding in found:
         if finding.level == "warn":

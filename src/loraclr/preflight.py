@@ -107,6 +107,9 @@ def checks(
     allow: Collection[str] = (),
 ) -> Iterator[Finding]:
     """What headers, names, tokens and triggers tell; `prompted` when the merge calls its concepts in prompts."""
+    called = [adapter.name for adapter in adapters]
+    for unknown in sorted((calls or {}).keys() - set(called)):
+        yield Finding("refuse", "trigger", (), f"a trigger was given for {unknown!r}, but the adapters are {', '.join(called)}")
     calls = {adapter.name: (calls or {}).get(adapter.name) or adapter.call for adapter in adapters}
     if wrong := sorted(set(allow) - set(JUDGED)):
         yield Finding("refuse", "allow", (), f"nothing that can be allowed is called {wrong[0]!r}; allow one of {', '.join(JUDGED)}")

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from loraclr.adapter import Adapter, LoraLayer
+from loraclr.adapter import Adapter, DenseLayer, Layer, ProductLayer
 from loraclr.collect import PAPER, REPEATED, Collection, Concept, collect
 from loraclr.errors import LoraclrError, UsageError
 from loraclr.formats import FileReport, examine, load_adapter, provenance
@@ -86,6 +86,8 @@ def verify(
     names = [adapter.name for adapter in adapters]
     if not adapters or len(set(names)) < len(names):
         raise UsageError("give the files it was merged from, each under a name of its own")
+    if unknown := sorted(set(calls or {}) - set(names)):
+        raise UsageError(f"a trigger was given for {unknown[0]!r}, but the sources are {', '.join(names)}")
     receipt = _receipt(whole)
     if base is None and "statistics" in _needs(receipt):
         raise UsageError(f"{merged} was merged by features ({receipt['method']}), which only a base can show; pass --base")
@@ -95,7 +97,7 @@ def verify(
     shapes = union(adapters)
     union([*adapters, whole])
     missing, extra = sorted(shapes.keys() - whole.layers.keys()), sorted(whole.layers.keys() - shapes.keys())
-    underflow = sorted(layer.name for layer in whole if isinstance(layer, LoraLayer) and _underflows(layer))
+    underflow = sorted(layer.name for layer in whole if _underflows(layer))
     by_features = "statistics" in _needs(receipt)
     plain = _Measure(names, adapters, meant)
     for name in [] if by_features else shapes:
@@ -211,9 +213,13 @@ class _Measure:
         return tuple(found)
 
 
-def _underflows(layer: LoraLayer) -> bool:
-    parts = [part for part in (layer.down, layer.up) if part.dtype == torch.float16]
-    return any(0 < float(part.double().square().mean().sqrt()) < _SUBNORMAL for part in parts)
+def _underflows(layer: Layer) -> bool:
+    """Products of small factors (LoHa, LoKr) are not looked at: they are float32 by the time that they are a change."""
+    stored: tuple[Tensor, ...] = ()
+    if not isinstance(layer, ProductLayer):
+        stored = (layer.change,) if isinstance(layer, DenseLayer) else (layer.down, layer.up)
+    halves = [part[part != 0].double() for part in stored if part.dtype == torch.float16]  # zeros lose nothing
+    return any(len(part) > 0 and float(part.square().mean().sqrt()) < _SUBNORMAL for part in halves)
 
 
 def _receipt(adapter: Adapter) -> dict[str, object]:
