@@ -282,7 +282,7 @@ def merge(
             name=name,
             tokens={token: rows for concept in concepts for token, rows in concept.adapter.tokens.items()},
             triggers=tuple(dict.fromkeys(words for concept in concepts for words in (concept.call, *concept.adapter.triggers) if words)),
-            family=next((concept.adapter.family for concept in concepts if concept.adapter.family), None),
+            family=next((concept.adapter.family for concept in concepts if concept.adapter.family), base.family if base else None),
             metadata=provenance.joined([concept.adapter for concept in concepts]),
         ),
         solver.name,
