@@ -23,6 +23,7 @@ _FAMILIES = (
     ("sd_v2", "stable-diffusion-v2", "sd2"),
     ("sd3", "stable-diffusion-3", "sd3"),
     ("flux", "flux-1", "flux"),
+    ("flux", "flux.1", "flux"),  # SwarmUI
 )
 # A1111 takes every file with a header for one of SD1.x, and hides it from other models, unless it says this.
 _VERSIONS = {
@@ -43,7 +44,7 @@ def family(metadata: Mapping[str, str], guess: str | None = None) -> str | None:
     """`sd1`, `sdxl`, ... as stated, else the `guess`; a model specification outside the table is kept as it stands, less its `/lora`."""
     version, architecture = metadata.get("ss_base_model_version", ""), metadata.get(ARCHITECTURE, "")
     for ours_starts, spec_starts, word in _FAMILIES:
-        if version.startswith(ours_starts) or architecture.startswith(spec_starts):
+        if version.startswith(ours_starts) or architecture.casefold().startswith(spec_starts):
             return word
     return guess or architecture.removesuffix("/lora") or None
 
