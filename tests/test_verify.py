@@ -122,6 +122,12 @@ def test_by_features_one_adapter_is_itself(files, tmp_path, shared):
     assert found.concepts[0].strength == pytest.approx(1, rel=1e-3) and found.concepts[0].residual < 1e-2
 
 
+def test_by_features_strengths_are_those_that_the_merge_measured(files, tmp_path, shared):
+    result = merge(files, base=shared, collection=SMALL)
+    found = verify(result.save(tmp_path / "merged.safetensors", dtype=torch.float32), files, base=shared, collection=SMALL)
+    assert [one.strength for one in found.concepts] == pytest.approx(result.cross_talk.after.diagonal().tolist(), rel=1e-2)
+
+
 def test_by_features_a_merge_by_features_keeps_what_an_average_loses(files, tmp_path, shared):
     merged = saved(files, tmp_path, "loraclr", base=shared, collection=SMALL, parameters={"ridge": 1e-3, "preservation": 0.0})
     with pytest.raises(UsageError, match="merged by features .loraclr., which only a base can show; pass --base"):
