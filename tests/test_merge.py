@@ -371,7 +371,7 @@ def test_what_the_output_cannot_hold_is_said_before_any_work(adapters):
     second = Adapter.of([LoraLayer("text_encoder_2.encoder.layers.0.mlp.fc1", torch.randn(1, 8), torch.randn(8, 1))], name="second")
     idle = {"progress": lambda *_: pytest.fail("was merged first")}
     refused("edlora files hold unet and text_encoder; leave .text_encoder_2. out", [second], FormatError, format="edlora", **idle)
-    refused("no format .kohia.; .* did you mean .kohya.", adapters, FormatError, format="kohia", **idle)
+    refused("no format .kohia.; .*did you mean .kohya.", adapters, FormatError, format="kohia", **idle)
     for format in ("kohya", "diff", "edlora"):
         assert merge(adapters[1:], method="average", format=format).adapter == merge(adapters[1:], method="average").adapter
 
