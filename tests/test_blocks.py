@@ -83,3 +83,14 @@ def test_without_a_base_seventeen_numbers_are_stable_diffusion_1s():
     for wrong, seen in ({"one": [1] * 16}, "16 block weights; 2 are needed"), ({"two": [1, 1]}, "'two', but the adapters are one"):
         with pytest.raises(UsageError, match=seen):
             weighted([adapter], wrong)
+
+
+def test_a_change_that_is_worked_out_when_asked_for_is_multiplied_too():
+    """As LoHa and LoKr of full rank are."""
+    from loraclr.adapter import ProductLayer
+    from loraclr.blocks import weighted
+
+    name = "unet.mid_block.attentions.0.transformer_blocks.0.attn2.to_k"
+    one = Adapter.of([ProductLayer(name, (2, 2), lambda dtype: torch.eye(2, dtype=dtype))], name="one")
+    [changed] = weighted([one], {"one": (1.0, 0.5)})
+    assert torch.equal(changed.layers[name].delta(), torch.eye(2) / 2)

@@ -47,6 +47,18 @@ def test_an_xl_from_one_file_in_half_precision_merged_and_drawn(capsys, xl):
     assert (code, err) == (0, "") and made["dtype"] == "bfloat16" and made["size"] == [16, 16] and Path(made["file"]).exists()
 
 
+def test_a_file_with_a_configuration_is_a_base_of_the_other_commands_too(capsys, xl):
+    ada, one, base = xl / "ada.safetensors", xl / "one.safetensors", ["--base", xl / "base.safetensors", "--base-config", xl / "base"]
+    assert call(capsys, "merge", ada, "--method", "sum", "--output", one)[0] == 0
+    assert call(capsys, "inspect", ada, xl / "ben.safetensors", *base)[0] == 0
+    assert call(capsys, "convert", ada, "--to", "diffusers", *base)[0] == 0
+    code, out, _ = call(capsys, "verify", one, ada, *base, "--base-dtype", "bf16", "--device", "cpu", "--json")
+    assert code == 0 and json.loads(out)["space"] == "features"
+    for words in (["compare", ada, "--output", xl / "page.html"], ["pack", "create", ada, "--output", xl / "pack"]):
+        code, _, err = call(capsys, *words, *base, "--device", "nonsense")
+        assert code == 1 and "device 'nonsense' cannot be used" in err
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -348,6 +348,7 @@ class TestHeader:
             ({"ss_base_model_version": "sdxl_base_v1-0"}, "sdxl"),
             ({"modelspec.architecture": "stable-diffusion-v1/lora"}, "sd1"),
             ({"modelspec.architecture": "stable-diffusion-xl-v1-base/lora"}, "sdxl"),
+            ({"modelspec.architecture": "Flux.1-dev/lora"}, "flux"),
             ({"modelspec.architecture": "toybox-1/lora"}, "toybox-1"),
             ({}, None),
         ],

@@ -311,13 +311,34 @@ class TestPuttingTogether:
 
     def test_the_last_modulation(self, tmp_path):
         layer = LoraLayer("transformer.norm_out.linear", *lora(2 * D, 2))
-        tensors, back = self.back(Adapter.of([layer]), tmp_path)
+        tensors, back = self.back(Adapter.of([layer]).with_(family="flux"), tmp_path)
         assert "lora_unet_final_layer_adaLN_modulation_1.alpha" in tensors
         torch.testing.assert_close(back.layers[layer.name].delta(), layer.delta())
 
     def test_pieces_of_unequal_parts(self, tmp_path):
         with pytest.raises(FormatError, match="are no pieces of one matrix"):
             self.back(Adapter.of([LoraLayer(self.NAMES[0], *lora(D)), LoraLayer(self.NAMES[3], *lora(D))]), tmp_path)
+
+
+@pytest.mark.parametrize("family", [None, "sd3"])
+@pytest.mark.parametrize("format", ["kohya", "diff"])
+def test_another_transformer_with_names_of_flux_is_not_written_as_one(family, format, tmp_path):
+    """SD3, Qwen-Image and others have double blocks of the very names."""
+    adapter = Adapter.of([LoraLayer(f"{BLOCK}.attn.to_q", *lora(D))]).with_(family=family)
+    with pytest.raises(FormatError, match="nothing says that this adapter is for it; write format .diffusers."):
+        save_adapter(adapter, tmp_path / "a.safetensors", format=format)
+    assert load_adapter(save_adapter(adapter, tmp_path / "b.safetensors", format="diffusers")).family == family
+
+
+def test_the_names_of_the_original_say_that_it_is_flux(tmp_path):
+    """Also of double blocks alone."""
+    for stem in ("lora_unet_double_blocks_0_img_attn_proj", "double_blocks.0.img_attn.proj"):
+        down, up = lora(D)
+        tensors = {f"{stem}.lora_down.weight": down, f"{stem}.lora_up.weight": up}
+        (tmp_path / "a.safetensors").write_bytes(files.safetensors_bytes(tensors, {}))
+        adapter = load_adapter(tmp_path / "a.safetensors")
+        assert adapter.family == "flux"
+        assert_same(load_adapter(save_adapter(adapter, tmp_path / "b.safetensors", dtype=torch.float32)), adapter)
 
 
 def test_diffusers_reads_our_kohya_files_of_flux_alike(tmp_path):

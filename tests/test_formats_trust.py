@@ -96,6 +96,20 @@ def test_a1111_shows_the_file_for_the_right_models(family, wanted):
     assert header.family(written) == family
 
 
+@pytest.mark.parametrize(
+    ("family", "stated", "wanted"),
+    [
+        ("sd2", {"modelspec.architecture": "stable-diffusion-v2-768-v/lora"}, ("stable-diffusion-v2-768-v/lora", "sd_v2")),
+        ("sd2", {"ss_base_model_version": "sd_v2_768_v"}, ("stable-diffusion-v2/lora", "sd_v2_768_v")),
+        ("sdxl", {"ss_base_model_version": "sd_1.5"}, ("stable-diffusion-xl-v1-base/lora", "sdxl_base_v1-0")),
+        ("sdxl", {"modelspec.architecture": "stable-diffusion-v1/lora"}, ("stable-diffusion-xl-v1-base/lora", "sdxl_base_v1-0")),
+    ],
+)
+def test_what_a_header_says_of_the_model_is_kept_where_it_agrees(family, stated, wanted):
+    written = header.outgoing(mixed().with_(family=family, metadata=stated), {})
+    assert (written["modelspec.architecture"], written["ss_base_model_version"]) == wanted
+
+
 class TestProvenance:
     def sources(self, tmp_path) -> list:
         headers = {
@@ -140,6 +154,12 @@ class TestProvenance:
             said["modelspec.usage_hint"], "") for name in ("ada", "ben", "cai", "CC-BY"))  # fmt: skip
         assert said["modelspec.trigger_phrase"] == "ada man, ben man, cai man" and said["ss_clip_skip"] == "2"
         assert [entry["name"] for entry in json.loads((tmp_path / "all.safetensors.json").read_text())["inputs"]] == ["ada", "ben", "cai"]
+
+    def test_that_they_predict_v_is_not_lost(self, tmp_path):
+        said = {"modelspec.architecture": "stable-diffusion-v2-768-v/lora", "ss_v_parameterization": "True"}
+        files = [save_adapter(mixed(), tmp_path / f"{name}.safetensors", metadata=said) for name in "ab"]
+        merged = load_adapter(merge(files, method="sum").save(tmp_path / "ab.safetensors"))
+        assert said.items() <= merged.metadata.items() and merged.family == "sd2"
 
     def test_what_they_do_not_agree_on_is_not_said(self):
         one, two = (mixed().with_(metadata={"modelspec.resolution": size}) for size in ("512x512", "768x768"))

@@ -83,6 +83,29 @@ def test_equal_models_make_equal_bytes_and_tokens_lie_beside(base, tmp_path):
     assert sidecar.read(one).keys() == {"<ben>"}
 
 
+@pytest.mark.parametrize(
+    ("changes", "stated", "marks"),
+    [
+        ({"prediction_type": "epsilon"}, "epsilon", set()),
+        ({"prediction_type": "v_prediction"}, "v", {"v_pred"}),
+        ({"prediction_type": "v_prediction", "rescale_betas_zero_snr": True}, "v", {"v_pred", "ztsnr"}),
+    ],
+)
+def test_a_checkpoint_says_what_its_model_predicts(base, changes, stated, marks, tmp_path):
+    """Of the base, whatever the adapter was trained on: read as another, it draws noise."""
+    from diffusers import DDIMScheduler
+
+    base.pipe.save_pretrained(tmp_path / "config")
+    base.pipe.scheduler = DDIMScheduler.from_config(base.pipe.scheduler.config, **changes)
+    ada = three(base)[0].with_(metadata={"modelspec.prediction_type": "other"})
+    path = fuse(ada, base, tmp_path / "one.safetensors", layout="checkpoint", dtype=torch.float32)
+    with safe_open(path, "pt") as file:
+        assert file.metadata()["modelspec.prediction_type"] == stated
+        assert {key for key in file.keys() if "." not in key} == marks  # noqa: SIM118
+    with base.applied(dict(ada.layers)):
+        assert_equal(single(type(base.pipe), path, tmp_path / "config"), base.pipe)
+
+
 def test_what_is_refused_leaves_nothing(base, tmp_path):
     ada = three(base)[0]
     with pytest.raises(FormatError, match="end its name in .safetensors"):

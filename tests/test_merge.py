@@ -368,6 +368,15 @@ def test_inputs_that_do_not_fit_together(shared, adapters):
     refused("give at least 1", adapters, UsageError, rank=0)
 
 
+def test_what_the_output_cannot_hold_is_said_before_any_work(adapters):
+    second = Adapter.of([LoraLayer("text_encoder_2.encoder.layers.0.mlp.fc1", torch.randn(1, 8), torch.randn(8, 1))], name="second")
+    idle = {"progress": lambda *_: pytest.fail("was merged first")}
+    refused("edlora files hold unet and text_encoder; leave .text_encoder_2. out", [second], FormatError, format="edlora", **idle)
+    refused("no format .kohia.; .*did you mean .kohya.", adapters, FormatError, format="kohia", **idle)
+    for format in ("kohya", "diff", "edlora"):
+        assert merge(adapters[1:], method="average", format=format).adapter == merge(adapters[1:], method="average").adapter
+
+
 def test_everything_wrong_is_in_one_message(adapters):
     ada, ben, _ = adapters
     said = refused("two adapters", [ada, ada, ben.with_(family="sdxl")], calls={"eve": "x"})

@@ -34,6 +34,15 @@ def shared(_tiny_original) -> Pipeline:
     return Pipeline(_tiny_original)
 
 
+@pytest.mark.parametrize("family", ["flux", "pixart"])
+def test_any_base_is_known_again(family):
+    from families_twins import twin
+
+    from loraclr.pack.gather import fingerprint as known_by
+
+    assert known_by(Pipeline(twin(family))) == known_by(Pipeline(twin(family)))
+
+
 @pytest.fixture(scope="module")
 def whole(shared, tmp_path_factory) -> Pack:
     """Of ada, ben and cai; tests copy it before they change it."""

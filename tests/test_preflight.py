@@ -106,6 +106,7 @@ def test_prompts_need_triggers(shared):
     assert seen(silent, base=shared) == [("refuse", "trigger")]
     assert seen(silent, base=shared, calls={"cai": "cai man"}) == []
     assert seen(silent) == []
+    assert seen(named("a", "x"), calls={"eve": "eve woman"}) == [("refuse", "trigger")]
 
 
 def test_the_base_counts(shared):

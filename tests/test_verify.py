@@ -11,7 +11,7 @@ import torch
 from concepts import KEYS, SMALL, TEXT, three
 from safetensors.torch import load_file, save_file
 
-from loraclr.adapter import Adapter, LoraLayer
+from loraclr.adapter import Adapter, DenseLayer, LoraLayer
 from loraclr.collect import Collection
 from loraclr.errors import FormatError, UsageError
 from loraclr.formats import load_adapter, save_adapter
@@ -91,6 +91,17 @@ def test_underflow_by_hand(tmp_path):
         assert found.underflow == lost and found.good == (not lost)
 
 
+@pytest.mark.parametrize(("size", "lost"), [(1e-4, ()), (1e-6, (KEYS[0],))])
+def test_underflow_of_a_full_difference(size, lost, tmp_path):
+    """Entries of 1e-4 are more than ordinary steps; that most are exactly zero loses nothing."""
+    change = size * torch.randn(64, 32)
+    change[4:] = 0
+    source = save_adapter(Adapter.of([DenseLayer(KEYS[0], change)], name="a"), tmp_path / "a.safetensors", dtype=torch.float32)
+    save_file({f"lora_unet_{KEYS[0].removeprefix('unet.').replace('.', '_')}.diff": change.half()}, tmp_path / "m.safetensors")
+    found = verify(tmp_path / "m.safetensors", [source])
+    assert found.underflow == lost and found.good == (not lost)
+
+
 def test_not_a_number_is_an_error_of_the_reader(files, tmp_path):
     path = rewritten(saved(files, tmp_path), lambda t: {key: value * float("nan") for key, value in t.items()})
     with pytest.raises(FormatError, match="NaN"):
@@ -109,6 +120,12 @@ def test_by_features_one_adapter_is_itself(files, tmp_path, shared):
     found = verify(saved(files[:1], tmp_path), files[:1], base=shared, collection=SMALL)
     assert found.good and found.space == "features"
     assert found.concepts[0].strength == pytest.approx(1, rel=1e-3) and found.concepts[0].residual < 1e-2
+
+
+def test_by_features_strengths_are_those_that_the_merge_measured(files, tmp_path, shared):
+    result = merge(files, base=shared, collection=SMALL)
+    found = verify(result.save(tmp_path / "merged.safetensors", dtype=torch.float32), files, base=shared, collection=SMALL)
+    assert [one.strength for one in found.concepts] == pytest.approx(result.cross_talk.after.diagonal().tolist(), rel=1e-2)
 
 
 def test_by_features_a_merge_by_features_keeps_what_an_average_loses(files, tmp_path, shared):
@@ -150,6 +167,8 @@ def test_what_is_asked_of_the_caller(files, tmp_path, shared):
         verify(path, [files[0], files[0]])
     with pytest.raises(UsageError, match="3 sources and 1 weights"):
         verify(path, files, weights=[1])
+    with pytest.raises(UsageError, match="trigger was given for .eve., but the sources are ada, ben, cai"):
+        verify(path, files, calls={"eve": "eve woman"})
     silent = save_adapter(load_adapter(files[2]).with_(triggers=(), metadata={}), tmp_path / "silent.safetensors")
     with pytest.raises(UsageError, match="--trigger silent=WORDS"):
         verify(path, [silent], base=shared, collection=SMALL)

@@ -15,7 +15,7 @@ from bisect import bisect_right
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
-from loraclr.adapter import Adapter, DenseLayer, Layer
+from loraclr.adapter import Adapter, DenseLayer, Layer, ProductLayer
 from loraclr.errors import UsageError
 
 Place = tuple[int, int, int]  # 0 down, 1 mid, 2 up; block; position in it
@@ -92,6 +92,8 @@ def _blocks(adapters: Sequence[Adapter], count: int, cross_attention: Sequence[s
 
 
 def _times(layer: Layer, factor: float) -> Layer:
+    if isinstance(layer, ProductLayer):
+        return ProductLayer(layer.name, layer.shape, lambda dtype: layer.delta(dtype) * factor)
     if isinstance(layer, DenseLayer):
         return replace(layer, change=layer.change * factor)
     return replace(layer, scale=layer.scale * factor)

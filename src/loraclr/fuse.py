@@ -17,6 +17,8 @@ from loraclr.pipeline import Pipeline
 
 Layout = Literal["fused", "checkpoint"]
 
+_PREDICTIONS = {"epsilon": "epsilon", "v_prediction": "v"}  # as diffusers and as the model specification call them
+
 
 def fuse(
     adapter: Adapter,
@@ -46,7 +48,7 @@ def fuse(
             with disk.reserved(path, sidecar.path_for(path)), disk.together():
                 sidecar.write(adapter.tokens, path)
                 if layout == "checkpoint":
-                    files.write_large(_checkpoint(base, dtype), _about(adapter, family_of(base)), path)
+                    files.write_large(_checkpoint(base, dtype), _about(adapter, base), path)
                 else:
                     with disk.whole(path) as part:
                         _folder(base, part, dtype)
@@ -67,9 +69,11 @@ def _check(base: Pipeline, dtype: torch.dtype) -> None:
             raise UsageError(f"{name} has values that do not fit {dtype}; write fp32, or use a smaller strength")
 
 
-def _about(adapter: Adapter, family: str) -> dict[str, str]:
-    kept = header.outgoing(adapter, {})
-    kept[header.ARCHITECTURE] = kept.get(header.ARCHITECTURE, "").removesuffix("/lora") or family
+def _about(adapter: Adapter, base: Pipeline) -> dict[str, str]:
+    kept = header.outgoing(adapter.with_(family=adapter.family or family_of(base)), {})
+    kept[header.ARCHITECTURE] = kept[header.ARCHITECTURE].removesuffix("/lora")
+    if (predicts := base.pipe.scheduler.config.get("prediction_type")) in _PREDICTIONS:
+        kept[header.PREDICTION] = _PREDICTIONS[predicts]
     return {"format": "pt", **{key: value for key, value in kept.items() if not key.startswith("ss_")}}
 
 
@@ -82,6 +86,10 @@ def _checkpoint(base: Pipeline, dtype: torch.dtype) -> dict[str, Tensor]:
     }
     layers = int(components["unet"].config.layers_per_block)
     found = single_file.checkpoint(states, family=family_of(base), layers=layers)
+    # That these keys are there, whatever they hold, tells ComfyUI and others that a model predicts v, and has no signal at the end.
+    noise = base.pipe.scheduler.config
+    marks = {"v_pred": noise.get("prediction_type") == "v_prediction", "ztsnr": bool(noise.get("rescale_betas_zero_snr"))}
+    found |= {key: torch.ones(1) for key, there in marks.items() if there}
     return {key: tensor.to(dtype) if tensor.is_floating_point() else tensor for key, tensor in found.items()}
 
 

@@ -23,7 +23,7 @@ from loraclr.adapter import Adapter, Layer, LoraLayer
 from loraclr.blocks import weighted
 from loraclr.collect import ALL_ROWS, PAPER, REPEATED, Collection, Concept, collect, stage_of
 from loraclr.errors import MergeError, UsageError
-from loraclr.formats import load_adapter, provenance, save_adapter, sidecar
+from loraclr.formats import check_layers, load_adapter, provenance, save_adapter, sidecar
 from loraclr.formats.files import digest, tensor_digest
 from loraclr.linalg import Truncation, factor, lowest_rank, truncate, truncate_aware, truncate_dense
 from loraclr.lockstep import settled
@@ -167,6 +167,7 @@ def merge(
     score: Callable[[Adapter], float] | None = None,
     measure: bool = False,
     allow: Sequence[str] = (),
+    format: str | None = None,
     name: str = "merged",
     progress: Callable[[str, float], None] | None = None,
     scratch: str | Path | None = None,
@@ -180,7 +181,8 @@ def merge(
     solution keeps its exact rank and a dense one gets the sum of the input ranks. `measure` collects statistics also for methods
     that need none, to report residuals. `collection` says what is collected; without it, methods that want all rows get the
     released code's prompts. `score` judges a merged adapter, higher is better, for a method that searches (`lorahub`). `allow` makes
-    warnings of refusals that are judgements, those in `JUDGED` of `preflight.py`. `progress` is told a phase and its share done, 0..1.
+    warnings of refusals that are judgements, those in `JUDGED` of `preflight.py`. `format` is the one it will be saved in:
+    layers that it cannot hold are a FormatError before any work. `progress` is told a phase and its share done, 0..1.
     `scratch` is a folder for statistics that do not fit into memory, the system's for temporary files without it; nothing stays there.
     `statistics`, by layer, are used instead of collecting any (pack.py). Raises MergeError, UsageError.
     """
@@ -201,6 +203,10 @@ def merge(
             for concept, adapter in zip(concepts, weighted([c.adapter for c in concepts], block_weights, attentions), strict=True)
         ]
     shapes = union([concept.adapter for concept in concepts])
+    stated = (concept.adapter.family for concept in concepts if concept.adapter.family)
+    family = next(stated, None if base is None else base.family)
+    if format is not None and shapes:
+        check_layers(shapes, format, family=family)
     if rank is not None and rank < 1:
         raise UsageError(f"rank {rank}: give at least 1")
     if rank is not None and "rank" in _fields(solver) and _fields(solver)["rank"] is None:
@@ -285,7 +291,7 @@ def merge(
             name=name,
             tokens={token: rows for concept in concepts for token, rows in concept.adapter.tokens.items()},
             triggers=tuple(dict.fromkeys(words for concept in concepts for words in (concept.call, *concept.adapter.triggers) if words)),
-            family=next((concept.adapter.family for concept in concepts if concept.adapter.family), None),
+            family=family,
             metadata=provenance.joined([concept.adapter for concept in concepts]),
         ),
         solver.name,
@@ -334,17 +340,12 @@ def concepts_of(
     allow: Sequence[str] = (),
 ) -> list[Concept]:
     """Adapters with their weights and calls; all that is wrong with them in one message."""
-    problems = []
     if not adapters:
         raise UsageError("nothing to merge; give at least one adapter")
     if weights is not None and len(weights) != len(adapters):
         raise UsageError(f"{len(adapters)} adapters and {len(weights)} weights; give one weight per adapter")
-    names = [adapter.name for adapter in adapters]
-    for unknown in sorted(set(calls) - set(names)):
-        problems.append(f"a trigger was given for {unknown!r}, but the adapters are {', '.join(names)}")
     found = list(checks(adapters, base=base, calls=calls, prompted=needed, allow=allow))
-    problems += [finding.message for finding in found if finding.level == "refuse"]
-    if problems:
+    if problems := [finding.message for finding in found if finding.level == "refuse"]:
         raise MergeError("; ".join(problems))
     for finding in found:
         if finding.level == "warn":

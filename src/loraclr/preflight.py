@@ -16,14 +16,13 @@ import torch
 
 from loraclr.adapter import Adapter
 from loraclr.errors import LoraclrError, MergeError
-from loraclr.formats import names, notes, provenance, reduced
+from loraclr.formats import header, names, notes, provenance, reduced
 from loraclr.pipeline import Pipeline
 
 Level = Literal["refuse", "warn", "note"]
 JUDGED = ("distilled", "edit", "prediction")  # refusals that `allow` turns into warnings
 TOLERABLE = 0.05  # expected loss up to which a rank is called enough
 
-_PREDICTION = "modelspec.prediction_type"
 _DISTILLERS = r"lcm|lightning|turbo|hyper|dmd2?|tcd|pcm|schnell|distill(?:ed|ation)?"
 _DISTILLED = re.compile(
     rf"(?<![a-z])(?:(?:{_DISTILLERS})(?![a-z]).*\d+[ _-]?steps?|lcm[ _-]?lora|lora[ _-]?lcm|hyper[ _-]?(?:sd|sdxl|flux)"
@@ -108,6 +107,9 @@ def checks(
     allow: Collection[str] = (),
 ) -> Iterator[Finding]:
     """What headers, names, tokens and triggers tell; `prompted` when the merge calls its concepts in prompts."""
+    called = [adapter.name for adapter in adapters]
+    for unknown in sorted((calls or {}).keys() - set(called)):
+        yield Finding("refuse", "trigger", (), f"a trigger was given for {unknown!r}, but the adapters are {', '.join(called)}")
     calls = {adapter.name: (calls or {}).get(adapter.name) or adapter.call for adapter in adapters}
     if wrong := sorted(set(allow) - set(JUDGED)):
         yield Finding("refuse", "allow", (), f"nothing that can be allowed is called {wrong[0]!r}; allow one of {', '.join(JUDGED)}")
@@ -194,7 +196,7 @@ def _families(adapters: Sequence[Adapter], base: Pipeline | None) -> Iterator[Fi
 
 def prediction(adapter: Adapter) -> str | None:
     """`epsilon` or `v`, where the header says what the model predicts that the adapter was trained on."""
-    if stated := adapter.metadata.get(_PREDICTION):
+    if stated := adapter.metadata.get(header.PREDICTION):
         return "v" if stated.startswith("v") else stated
     noted = adapter.metadata.get("ss_v_parameterization", "").casefold()
     if noted in ("true", "1") or "768-v" in adapter.metadata.get("modelspec.architecture", ""):

@@ -12,11 +12,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from loraclr.adapter import Adapter, LoraLayer
+from loraclr.adapter import Adapter, DenseLayer, Layer, ProductLayer
 from loraclr.collect import PAPER, REPEATED, Collection, Concept, collect
 from loraclr.errors import LoraclrError, UsageError
 from loraclr.formats import FileReport, examine, load_adapter, provenance
-from loraclr.methods import make_method
+from loraclr.methods import cross_talk, make_method
 from loraclr.methods.problem import LayerProblem, residuals
 from loraclr.pipeline import Pipeline
 from loraclr.preflight import check_fit, union
@@ -86,6 +86,8 @@ def verify(
     names = [adapter.name for adapter in adapters]
     if not adapters or len(set(names)) < len(names):
         raise UsageError("give the files it was merged from, each under a name of its own")
+    if unknown := sorted(set(calls or {}) - set(names)):
+        raise UsageError(f"a trigger was given for {unknown[0]!r}, but the sources are {', '.join(names)}")
     receipt = _receipt(whole)
     if base is None and "statistics" in _needs(receipt):
         raise UsageError(f"{merged} was merged by features ({receipt['method']}), which only a base can show; pass --base")
@@ -95,11 +97,11 @@ def verify(
     shapes = union(adapters)
     union([*adapters, whole])
     missing, extra = sorted(shapes.keys() - whole.layers.keys()), sorted(whole.layers.keys() - shapes.keys())
-    underflow = sorted(layer.name for layer in whole if isinstance(layer, LoraLayer) and _underflows(layer))
+    underflow = sorted(layer.name for layer in whole if _underflows(layer))
     by_features = "statistics" in _needs(receipt)
     plain = _Measure(names, adapters, meant)
     for name in [] if by_features else shapes:
-        plain.add(name, plain.problem(name, shapes[name]), whole, None)
+        plain.add(name, plain.problem(name, shapes[name]), whole)
     measure = plain
     if base is not None:
         settings = collection or _collected(receipt)
@@ -154,7 +156,7 @@ def _featured(
         statistics = collect(base, concepts, stage, settings=settings, merged=before, scratch=Scratch())
         for name in stage:
             problem = dataclasses.replace(measure.problem(name, shapes[name]), statistics=statistics[name])
-            measure.add(name, problem, whole, {one: statistics[name].fit[one].gram() for one in measure.names})
+            measure.add(name, problem, whole)
         if progress:
             progress("measuring", (number + 1) / len(stages))
     return measure
@@ -174,25 +176,34 @@ class _Measure:
         layers = tuple(adapter.layers.get(layer) for adapter in self.adapters)
         return LayerProblem(layer, shape, tuple(self.names), layers, tuple(self.weights))
 
-    def add(self, layer: str, problem: LayerProblem, merged: Adapter, grams: Mapping[str, Tensor] | None) -> None:
-        """One layer, by the Grams of each concept's features, or by the weights themselves."""
-        change = merged.layers[layer].delta(torch.float64).flatten(1) if layer in merged.layers else torch.zeros(problem.out, problem.width)
-        own = LayerProblem(problem.layer, problem.shape, problem.concepts, problem.layers, (1.0,) * len(self.names)).deltas()
-        targets, flat = torch.stack(own), change.double()
-        meant = torch.stack(problem.deltas()).sum(0)
-        for index, name in enumerate(self.names):
-            seen = targets if grams is None else targets @ grams[name]
-            inner = torch.einsum("koi,loi->kl", seen, targets)
-            size = float(inner[index, index])
-            if size > 0:
-                self.inner[index] += inner / size
-                self.onto[index] += torch.einsum("koi,oi->k", seen, flat) / size
-                if grams is None and (norm := float(problem.delta(index).norm())) > 0:
-                    self.residuals[name][layer] = float((flat - meant).norm()) / norm
-        for key, value in residuals(problem, flat).items():
+    def add(self, layer: str, problem: LayerProblem, merged: Adapter) -> None:
+        """One layer, by what was collected of it, or without that by the weights themselves."""
+        if problem.statistics is None:
+            self._add_weights(layer, problem, merged)
+            return
+        # Factors, not products: a wide layer keeps rows, whose Gram would take gigabytes for every concept.
+        alone = LayerProblem(layer, problem.shape, ("merged",), (merged.layers.get(layer),), (1.0,))
+        ((up, down),) = alone.factors
+        talk = cross_talk(dataclasses.replace(problem, weights=(1.0,) * len(self.names)), up, down)
+        self.inner += talk.among
+        self.onto += talk.merged
+        for key, value in residuals(problem, (up, down)).items():
             kind, name = key.split("/", 1)
             if kind == "fit":
                 self.residuals[name][layer] = value
+
+    def _add_weights(self, layer: str, problem: LayerProblem, merged: Adapter) -> None:
+        change = merged.layers[layer].delta(torch.float64).flatten(1) if layer in merged.layers else torch.zeros(problem.out, problem.width)
+        targets, flat = torch.stack(dataclasses.replace(problem, weights=(1.0,) * len(self.names)).deltas()), change.double()
+        meant = torch.stack(problem.deltas()).sum(0)
+        inner, onto = torch.einsum("koi,loi->kl", targets, targets), torch.einsum("koi,oi->k", targets, flat)
+        for index, name in enumerate(self.names):
+            size = float(inner[index, index])
+            if size > 0:
+                self.inner[index] += inner / size
+                self.onto[index] += onto / size
+                if (norm := float(problem.delta(index).norm())) > 0:
+                    self.residuals[name][layer] = float((flat - meant).norm()) / norm
 
     def mean(self) -> float:
         """Of all residuals, as `MergeResult.mean_residual`."""
@@ -211,9 +222,13 @@ class _Measure:
         return tuple(found)
 
 
-def _underflows(layer: LoraLayer) -> bool:
-    parts = [part for part in (layer.down, layer.up) if part.dtype == torch.float16]
-    return any(0 < float(part.double().square().mean().sqrt()) < _SUBNORMAL for part in parts)
+def _underflows(layer: Layer) -> bool:
+    """Products of small factors (LoHa, LoKr) are not looked at: they are float32 by the time that they are a change."""
+    stored: tuple[Tensor, ...] = ()
+    if not isinstance(layer, ProductLayer):
+        stored = (layer.change,) if isinstance(layer, DenseLayer) else (layer.down, layer.up)
+    halves = [part[part != 0].double() for part in stored if part.dtype == torch.float16]  # zeros lose nothing
+    return any(len(part) > 0 and float(part.square().mean().sqrt()) < _SUBNORMAL for part in halves)
 
 
 def _receipt(adapter: Adapter) -> dict[str, object]:

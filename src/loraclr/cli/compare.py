@@ -12,6 +12,7 @@ from rich.text import Text
 
 from loraclr import disk
 from loraclr.cli import evaluate, parse, show
+from loraclr.cli.base import SOURCE, BaseConfig, BaseDtype, Device, Offload, open_base
 from loraclr.errors import UsageError
 
 if TYPE_CHECKING:
@@ -26,7 +27,8 @@ TOYBOX = "toybox"
 def compare(
     files: Annotated[list[Path], typer.Argument(metavar="FILE...", help="Adapter files, or PEFT folders.", show_default=False)],
     base: Annotated[
-        str | None, typer.Option(help="Base model; without one only weight-only methods merge and nothing is measured.", show_default=False)
+        str | None,
+        typer.Option(help=f"{SOURCE} Without it only weight-only methods merge and nothing is measured.", show_default=False),
     ] = None,
     methods: Annotated[
         list[str],
@@ -77,6 +79,10 @@ def compare(
     guidance: Annotated[float, typer.Option(help="How strictly prompts are followed; 1 switches guidance off.")] = 4.0,
     size: Annotated[str | None, typer.Option(metavar="HxW", help="Height and width in pixels.", show_default="the model's own")] = None,
     batch: Annotated[int, typer.Option(help="Pictures drawn at once.")] = 4,
+    device: Device = "auto",
+    base_dtype: BaseDtype = "fp32",
+    offload: Offload = False,
+    base_config: BaseConfig = None,
     force: Annotated[bool, typer.Option("--force", help="Replace existing files.")] = False,
 ) -> None:
     """Merge the same adapters with many methods, and measure all of them alike.
@@ -98,10 +104,9 @@ def compare(
 
     from loraclr.compare import compare as run
     from loraclr.compare.page import write_page
-    from loraclr.pipeline import Pipeline
 
     chosen = None if methods == ["all"] else _methods(methods)
-    pipeline = None if base is None else Pipeline.load(base)
+    pipeline = None if base is None else open_base(base, device, base_dtype, offload=offload, config=base_config)
 
     def write(found: Comparison) -> None:
         write_page(found, output)

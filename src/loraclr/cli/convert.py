@@ -9,7 +9,7 @@ import typer
 
 from loraclr import disk
 from loraclr.cli import parse, show
-from loraclr.cli.base import SOURCE
+from loraclr.cli.base import SOURCE, BaseConfig
 from loraclr.errors import UsageError
 
 
@@ -26,6 +26,7 @@ def convert(
     ] = None,
     rank: Annotated[int | None, typer.Option(min=1, help="The most per layer; cuts what has more.", show_default="all of it")] = None,
     dtype: Annotated[Literal["fp16", "fp32"], typer.Option(help="Precision of the output.")] = "fp16",
+    base_config: BaseConfig = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing OUT.")] = False,
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
@@ -54,7 +55,7 @@ def convert(
     from loraclr.fuse import fuse
     from loraclr.pipeline import Pipeline
 
-    pipeline = None if base is None else Pipeline.load(base)
+    pipeline = None if base is None else Pipeline.load(base, config=base_config)
     adapter = load_adapter(file, base=pipeline)
     adapter, lost = (adapter, {}) if rank is None else reduced(adapter, rank)
     precision = {"fp16": torch.float16, "fp32": torch.float32}[dtype]

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from loraclr.cli import parse, show
+from loraclr.cli.base import SOURCE, BaseConfig
 from loraclr.errors import LoraclrError
 
 if TYPE_CHECKING:
@@ -21,15 +22,14 @@ COLORS = {"refuse": "red", "warn": "yellow", "note": ""}
 
 def inspect(
     files: Annotated[list[Path], typer.Argument(metavar="FILE...", help="Adapter files, or PEFT folders.", show_default=False)],
-    base: Annotated[
-        str | None, typer.Option(help="Base model they are for: a diffusers folder or a hub id. Checks them on it.", show_default=False)
-    ] = None,
+    base: Annotated[str | None, typer.Option(help=f"{SOURCE} The one they are for: checks them on it.", show_default=False)] = None,
     rank: Annotated[int | None, typer.Option(min=1, help="Say what a merge at this rank would lose.", show_default=False)] = None,
     trigger: Annotated[
         list[str],
         typer.Option(metavar="NAME=WORDS", help="The words that call an adapter in a prompt; repeatable.", show_default="as the files say"),
     ] = [],  # noqa: B006
     allow: Annotated[list[str], typer.Option(metavar="CHECK", help="As for merge; repeatable.", show_default=False)] = [],  # noqa: B006
+    base_config: BaseConfig = None,
     json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
 ) -> None:
     """Say what adapter files are: format, family, layers, ranks, scales, tokens, trigger words; and whether they should be merged.
@@ -42,7 +42,7 @@ def inspect(
     from loraclr.pipeline import Pipeline
     from loraclr.preflight import preflight
 
-    pipeline = None if base is None else Pipeline.load(base)
+    pipeline = None if base is None else Pipeline.load(base, config=base_config)
     reports, adapters, failed = [], [], False
     for path in files:
         try:

@@ -102,6 +102,7 @@ def merge(
             collection=QUICK if quick else None,
             measure=measure,
             allow=allow,
+            format=format,
             name=output.name if format == "peft" else output.stem,
             progress=tell,
             scratch=scratch or output.absolute().parent,

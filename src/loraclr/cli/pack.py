@@ -10,6 +10,7 @@ from rich.text import Text
 
 from loraclr import disk
 from loraclr.cli import parse, show
+from loraclr.cli.base import SOURCE, BaseConfig, BaseDtype, Device, Offload, open_base
 
 if TYPE_CHECKING:
     from loraclr.pack import Pack
@@ -27,10 +28,14 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 @app.command("create")
 def create(
     files: Files,
-    base: Annotated[str, typer.Option(help="Base model: a diffusers folder or a hub id.", show_default=False)],
+    base: Annotated[str, typer.Option(help=SOURCE, show_default=False)],
     output: Annotated[Path, typer.Option(metavar="PACK", help="The folder to make.", show_default=False)],
     trigger: Trigger = [],  # noqa: B006
     seed: Annotated[int, typer.Option(help="Of the noise that features are collected on.")] = 0,
+    device: Device = "auto",
+    base_dtype: BaseDtype = "fp32",
+    offload: Offload = False,
+    base_config: BaseConfig = None,
     json: AsJson = False,
 ) -> None:
     """Make a pack of adapters. Stopped or killed, the same command goes on with those that are missing.
@@ -42,9 +47,9 @@ def create(
 
     from loraclr.collect import Collection
     from loraclr.pack import Pack
-    from loraclr.pipeline import Pipeline
 
-    collection, pipeline = Collection(seed=seed), Pipeline.load(base)
+    collection = Collection(seed=seed)
+    pipeline = open_base(base, device, base_dtype, offload=offload, config=base_config)
     with show.progress(quiet=json) as tell:
         made = Pack.create(output, files, base=pipeline, calls=calls, collection=collection, progress=tell)
     _show(made, json=json)
@@ -56,16 +61,19 @@ def add(
     files: Files,
     base: Annotated[str | None, typer.Option(help="The base of the pack.", show_default="where it was when the pack was made")] = None,
     trigger: Trigger = [],  # noqa: B006
+    device: Device = "auto",
+    base_dtype: BaseDtype = "fp32",
+    offload: Offload = False,
+    base_config: BaseConfig = None,
     json: AsJson = False,
 ) -> None:
     """Add adapters. The files of those that are there stay as they are."""
     calls = dict(parse.pair(text, "--trigger") for text in trigger)
 
     from loraclr.pack import Pack
-    from loraclr.pipeline import Pipeline
 
     opened = Pack.open(pack)
-    pipeline = Pipeline.load(base or opened.base)
+    pipeline = open_base(base or opened.base, device, base_dtype, offload=offload, config=base_config)
     with show.progress(quiet=json) as tell:
         opened = opened.add(files, base=pipeline, calls=calls, progress=tell)
     _show(opened, json=json)

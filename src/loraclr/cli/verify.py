@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from loraclr.cli import parse, show
+from loraclr.cli.base import SOURCE, BaseConfig, BaseDtype, Device, Offload, open_base
 
 
 def verify(
@@ -16,7 +17,7 @@ def verify(
     files: Annotated[list[Path], typer.Argument(metavar="FILE...", help="The files it was merged from.", show_default=False)],
     base: Annotated[
         str | None,
-        typer.Option(help="Base model: a diffusers folder or a hub id. Without it the weights alone are compared.", show_default=False),
+        typer.Option(help=f"{SOURCE} Without it the weights alone are compared.", show_default=False),
     ] = None,
     weight: Annotated[
         list[str],
@@ -26,6 +27,10 @@ def verify(
         list[str],
         typer.Option(metavar="NAME=WORDS", help="The words that call an adapter in a prompt; repeatable.", show_default="as the files say"),
     ] = [],  # noqa: B006
+    device: Device = "auto",
+    base_dtype: BaseDtype = "fp32",
+    offload: Offload = False,
+    base_config: BaseConfig = None,
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Check a merged file against its sources: layers, numbers, and every concept's strength at 1.0. Fails where something is wrong.
@@ -36,10 +41,9 @@ def verify(
     weights = parse.weights(weight, names)
     calls = dict(parse.pair(text, "--trigger") for text in trigger)
 
-    from loraclr.pipeline import Pipeline
     from loraclr.verify import verify as run
 
-    pipeline = None if base is None else Pipeline.load(base)
+    pipeline = None if base is None else open_base(base, device, base_dtype, offload=offload, config=base_config)
     with show.progress(quiet=json) as tell:
         found = run(merged, files, base=pipeline, weights=weights, calls=calls, progress=tell)
     if json:

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from loraclr import disk
-from loraclr.adapter import Adapter
+from loraclr.adapter import Adapter, LoraLayer
 from loraclr.errors import FormatError
 from loraclr.formats import comfy, diffusers, edlora, embedding, files, full, header, kohya, names, notes, peft, sidecar
 from loraclr.formats.base import FLOATS, AdapterFormat, BaseWeights, Content, PrecisionWarning, unplaced
@@ -28,6 +28,7 @@ __all__ = [
     "Content",
     "FileReport",
     "PrecisionWarning",
+    "check_layers",
     "describe",
     "detect_format",
     "digest",
@@ -85,6 +86,18 @@ def save_adapter(
     return path
 
 
+def check_layers(shapes: Mapping[str, tuple[int, ...]], format: str, *, family: str | None = None) -> None:
+    """FormatError where `format` has no place for low-rank changes of these layers, names with their weights' shapes.
+
+    Found out by writing rank 1; for full differences, which have kohya's names, by writing that, as they would take a model's room.
+    """
+    target = _by_id(format)
+    layers = [
+        LoraLayer(name, torch.zeros(1, *shape[1:]), torch.zeros(shape[0], 1, *[1] * (len(shape) - 2))) for name, shape in shapes.items()
+    ]
+    (kohya if target is full else target).write(Adapter.of(layers).with_(family=family), torch.float32)
+
+
 def detect_format(path: str | Path) -> str:
     """The `id` of the format that claims the file."""
     with files.about(Path(path)):
@@ -132,7 +145,7 @@ def _load(path: Path, name: str | None, base: BaseWeights | None) -> tuple[Adapt
             name=name or (path.name if path.is_dir() else path.stem),
             tokens={**adapter.tokens, **beside},
             triggers=header.triggers(content.metadata, noted)[0],
-            family=header.family(content.metadata, names.guess_family({layer.name: layer.shape for layer in adapter})),
+            family=header.family(content.metadata, adapter.family or names.guess_family({layer.name: layer.shape for layer in adapter})),
             metadata=stated,
         )
     return adapter, target, content

@@ -51,7 +51,8 @@ def read(content: Content, base: BaseWeights | None = None) -> Adapter:
             parts.put(place, _FACTORS[found["factor"]] if "factor" in found else found["part"], tensor)
     if unknown:
         raise unplaced(unknown, id)
-    return Adapter(parts.layers(alpha_over_rank, base))
+    adapter = Adapter(parts.layers(alpha_over_rank, base))
+    return adapter.with_(family="flux") if "transformer" in adapter.components else adapter
 
 
 def write(adapter: Adapter, dtype: torch.dtype) -> Content:

@@ -13,6 +13,7 @@ from loraclr.formats.notes import Notes, phrases
 
 TRIGGERS = "modelspec.trigger_phrase"
 ARCHITECTURE = "modelspec.architecture"
+PREDICTION = "modelspec.prediction_type"
 SPECIFICATION = "modelspec.sai_model_spec"
 
 # Start of ss_base_model_version, start of modelspec.architecture, our word. Longer starts first.
@@ -22,6 +23,7 @@ _FAMILIES = (
     ("sd_v2", "stable-diffusion-v2", "sd2"),
     ("sd3", "stable-diffusion-3", "sd3"),
     ("flux", "flux-1", "flux"),
+    ("flux", "flux.1", "flux"),  # SwarmUI
 )
 # A1111 takes every file with a header for one of SD1.x, and hides it from other models, unless it says this.
 _VERSIONS = {
@@ -30,6 +32,7 @@ _VERSIONS = {
     "sdxl": {"ss_base_model_version": "sdxl_base_v1-0"},
     "flux": {"ss_base_model_version": "flux1"},
 }
+_SPECIFIC = {"sdxl": "stable-diffusion-xl-v1-base"}  # as the specification spells what is written where a file says no more
 # True of the tensors they came with, false of any others.
 _STALE = {
     *("ss_network_module", "ss_network_dim", "ss_network_alpha", "ss_network_args"),
@@ -41,7 +44,7 @@ def family(metadata: Mapping[str, str], guess: str | None = None) -> str | None:
     """`sd1`, `sdxl`, ... as stated, else the `guess`; a model specification outside the table is kept as it stands, less its `/lora`."""
     version, architecture = metadata.get("ss_base_model_version", ""), metadata.get(ARCHITECTURE, "")
     for ours_starts, spec_starts, word in _FAMILIES:
-        if version.startswith(ours_starts) or architecture.startswith(spec_starts):
+        if version.startswith(ours_starts) or architecture.casefold().startswith(spec_starts):
             return word
     return guess or architecture.removesuffix("/lora") or None
 
@@ -87,8 +90,11 @@ def outgoing(adapter: Adapter, extra: Mapping[str, str]) -> dict[str, str]:
     if adapter.triggers:
         kept[TRIGGERS] = ", ".join(adapter.triggers)
     if adapter.family:
-        spec = next((spec for _, spec, word in _FAMILIES if word == adapter.family), adapter.family)
-        kept[ARCHITECTURE] = f"{spec}/lora"
+        version, spec = next(((version, spec) for version, spec, word in _FAMILIES if word == adapter.family), ("", adapter.family))
+        stated = kept.get(ARCHITECTURE, "").partition("/")[0]  # it may say more: `stable-diffusion-v2-768-v` predicts v
+        kept[ARCHITECTURE] = f"{stated if stated.startswith(spec) else _SPECIFIC.get(adapter.family, spec)}/lora"
+        if not kept.get("ss_base_model_version", "").startswith(version):
+            kept.pop("ss_base_model_version", None)  # of another family, or in words that A1111 takes for one
         kept = _VERSIONS.get(adapter.family, {}) | kept
     return kept | {SPECIFICATION: "1.0.1", **extra}
 

@@ -41,21 +41,26 @@ def read(content: Content, base: BaseWeights | None = None) -> Adapter:
     tensors, tokens = bundle.split(content.tensors)
     if any(key.startswith("lora_te2_") for key in tensors) and any(key.startswith("lora_te3_") for key in tensors):
         raise FormatError("has three text encoders, as SD3 does; use an adapter of an SD1.x, SD2.x, SDXL or Flux.1 model")
-    parts, unknown = Parts(), []
+    parts, unknown, is_flux = Parts(), [], False
     for key, tensor in tensors.items():
         flat, _, suffix = key.partition(".")
         place = _place(flat)
+        is_flux |= flat.startswith("lora_unet_") and (isinstance(place, Place) or (place or "").startswith("transformer."))
         if place is None or suffix not in PARTS:
             unknown.append(key)
         else:
             parts.put(place, PARTS[suffix], tensor)
     if unknown:
         raise unplaced(unknown, id)
-    return Adapter(parts.layers(alpha_over_rank, base), tokens=tokens)
+    return Adapter(parts.layers(alpha_over_rank, base), tokens=tokens, family="flux" if is_flux else None)
 
 
 def write(adapter: Adapter, dtype: torch.dtype) -> Content:
-    is_flux, originals = "transformer" in adapter.components, flux.original(adapter)
+    is_flux = "transformer" in adapter.components
+    if is_flux and (adapter.family or names.guess_family({layer.name: layer.shape for layer in adapter})) != "flux":
+        first = next(name for name in adapter.layers if name.startswith("transformer."))  # SD3 and others share names with Flux.1
+        raise FormatError(f"{first}: {id} names are Flux.1's, and nothing says that this adapter is for it; write format 'diffusers'")
+    originals = flux.original(adapter)
     two = is_flux or adapter.family in ("sdxl", "flux") or "text_encoder_2" in adapter.components
     flats = {layer.name: _flat(name, two) for name, layer in originals.items()}
     adapter = Adapter.of(originals.values())

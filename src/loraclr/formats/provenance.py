@@ -17,7 +17,10 @@ MERGED_FROM, FREQUENCY, RECEIPT = "modelspec.merged_from", "ss_tag_frequency", "
 DESCENT = frozenset({LICENSE, AUTHOR, TAGS, MERGED_FROM, FREQUENCY, RECEIPT, "modelspec.description"})
 
 # Kept where all inputs that state it agree: what a loader must know about the base.
-_AGREED = ("modelspec.prediction_type", "modelspec.resolution", "modelspec.encoder_layer", "ss_clip_skip", "ss_base_model_version", "ss_v2")
+_AGREED = (
+    *(header.ARCHITECTURE, header.PREDICTION, "modelspec.resolution", "modelspec.encoder_layer"),
+    *("ss_base_model_version", "ss_v2", "ss_v_parameterization", "ss_clip_skip"),
+)
 
 
 def joined(adapters: Sequence[Adapter]) -> dict[str, str]:

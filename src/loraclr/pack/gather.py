@@ -178,7 +178,8 @@ def fingerprint(base: Pipeline) -> str:
                 found.update(weight.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     settings = {key: value for key, value in base.pipe.scheduler.config.items() if not key.startswith("_")}
     unet: Any = base.unet
-    said = [base.scheduler_name, settings, unet.config.sample_size, sorted(base.pipe.tokenizer.get_vocab().items())]
+    size = getattr(unet.config, "sample_size", None)  # which not every transformer has
+    said = [base.scheduler_name, settings, size, sorted(base.pipe.tokenizer.get_vocab().items())]
     found.update(json.dumps(said, sort_keys=True, default=str).encode())
     return found.hexdigest()
 
