@@ -36,7 +36,6 @@ from loraclr.refit import Refits, refitted
 from loraclr.scratch import Scratch, peak_memory
 from loraclr.statistics import LayerStats
 
-
 TOLD = (*REPEATED, "under")  # of what was collected: in a file's header
 
 

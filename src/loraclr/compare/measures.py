@@ -49,7 +49,7 @@ def measure(
     settings: Collection | None = None,
     progress: Callable[[str, float], None] | None = None,
 ) -> dict[str, Measure]:
-    """All merges by label. Nothing is kept of the features but inner products; one concept's statistics of one stage wait in a scratch file."""
+    """All merges by label. Only inner products are kept of the features; statistics of one concept and stage wait in a scratch file."""
     settings = replace(settings or Collection(), preserve=(), sample=0)
     names = sorted({layer.name for concept in concepts for layer in concept.adapter})
     tables: dict[str, dict[str, list[Tensor]]] = {kind: {name: [] for name in names} for kind in ("fit", "held_out")}
