@@ -16,7 +16,6 @@ import os
 import platform
 import statistics
 import subprocess
-import threading
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -29,6 +28,7 @@ from rich.table import Table
 from torch import Tensor
 
 from loraclr.adapter import LoraLayer
+from loraclr.compare.run import PeakMemory
 from loraclr.methods import LayerProblem, LayerSolution, make_method, residuals
 from loraclr.methods.loraclr_reference import LoraclrReference
 from loraclr.statistics import LayerStats, Moments
@@ -141,33 +141,6 @@ class Layer:
 
     def _with(self, stats: LayerStats) -> LayerProblem:
         return replace(self.problem, statistics=stats)
-
-
-class PeakMemory:
-    """The process's peak resident memory above what it had on entry, in `megabytes`; NaN where there is no /proc."""
-
-    megabytes = float("nan")
-
-    def __enter__(self) -> PeakMemory:
-        self._start = self._peak = self._now()
-        self._done = threading.Event()
-        self._thread = threading.Thread(target=self._watch, daemon=True)
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._done.set()
-        self._thread.join()
-        self.megabytes = (self._peak - self._start) / 1e6
-
-    def _watch(self) -> None:
-        while not self._done.wait(0.005):
-            self._peak = max(self._peak, self._now())
-
-    @staticmethod
-    def _now() -> float:
-        path = Path("/proc/self/statm")
-        return int(path.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") if path.exists() else float("nan")
 
 
 def timed(run: Callable[[], LayerSolution], repeats: int) -> tuple[LayerSolution, float]:

@@ -21,7 +21,7 @@ from loraclr.collect import Concept, collect
 from loraclr.compare import compare, every_method, measure
 from loraclr.compare.page import write_page
 from loraclr.compare.pictures import draw, judge, judge_by_toybox
-from loraclr.errors import MergeError, UsageError
+from loraclr.errors import MergeError, UsageError, WriteError
 from loraclr.evaluate import Subject, Variant
 from loraclr.formats import load_adapter, save_adapter
 from loraclr.merge import merge
@@ -122,11 +122,20 @@ def test_one_failing_method_leaves_the_others_alone(shared, adapters, tmp_path):
         compare(adapters, methods={"broken": Broken(), "linear": make_method("linear")})
 
 
-def test_what_would_fail_for_all_is_said_at_once(shared, adapters):
+def test_what_would_fail_for_all_is_said_at_once(shared, adapters, tmp_path):
     with pytest.raises(MergeError, match=r"cai: no trigger words.*--trigger"):
         compare([*adapters[:2], adapters[2].with_(triggers=())], base=shared, methods={"average": make_method("average")})
     with pytest.raises(UsageError, match="no methods"):
         compare(adapters, methods={})
+    (tmp_path / "file").touch()
+    with pytest.raises(WriteError, match="file"):
+        compare(adapters, methods={"average": make_method("average")}, keep=tmp_path / "file")
+
+
+def test_the_seed_is_the_collections_unless_it_is_given(adapters):
+    chosen, seeded = {"average": make_method("average")}, replace(SMALL, seed=5)
+    assert compare(adapters, methods=chosen, collection=seeded).settings["seed"] == 5
+    assert compare(adapters, methods=chosen, collection=seeded, seed=7).settings["seed"] == 7
 
 
 # The page and the command ---------------------------------------------------------------------------------------------------------------

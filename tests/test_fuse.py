@@ -56,6 +56,15 @@ def test_a_folder_is_the_base_plus_the_change(base, tmp_path):
     assert sorted(child.name for child in tmp_path.iterdir()) == ["fused", "half"]
 
 
+def test_whole_numbers_of_a_model_stay_whole(base, tmp_path):
+    """Half precision has no 2049."""
+    places = torch.arange(3000)
+    base.pipe.text_encoder.register_buffer("places", places)
+    path = fuse(three(base)[0], base, tmp_path / "fused")
+    with safe_open(path / "text_encoder" / "model.safetensors", "pt") as file:
+        assert torch.equal(file.get_tensor("places"), places)
+
+
 def test_diffusers_reads_the_checkpoint_as_the_same_model(base, tmp_path):
     ada = three(base)[0].with_(family="sd1", metadata={"modelspec.license": "MIT"})
     folder = tmp_path / "config"

@@ -135,7 +135,7 @@ def test_blocks_are_visited_as_the_unet_runs(shared):
     assert order == sorted(order, key=["down_blocks", "mid_block", "up_blocks"].index)
 
 
-@pytest.mark.parametrize("settings", [{"choose": "held_out"}, {"balance": True}, {"penalty": 1e-3}])
+@pytest.mark.parametrize("settings", [{"choose": "held_out"}, {"balance": True}, {"penalty": 1e-3}, {"certificate": "exact"}])
 def test_what_further_rounds_cannot_do_is_refused(settings):
     with pytest.raises(UsageError, match=f"rounds=2 knows no {next(iter(settings))}"):
         make_method("loraclr", rounds=2, **settings)

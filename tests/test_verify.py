@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from dataclasses import replace
 
@@ -16,6 +17,7 @@ from loraclr.collect import Collection
 from loraclr.errors import FormatError, UsageError
 from loraclr.formats import load_adapter, save_adapter
 from loraclr.merge import merge
+from loraclr.pack import Pack
 from loraclr.pipeline import Pipeline
 from loraclr.verify import verify
 
@@ -58,6 +60,14 @@ def test_half_the_strength_is_found_whatever_made_it(files, tmp_path):
     assert [one.strength for one in found.concepts] == pytest.approx([0.5] * 3, rel=1e-3)
     assert len(found.wrong) == 3 and "ada has strength 0.50 at 1.0 where 1 was meant" in found.wrong[0]
     assert verify(path, files, weights=[0.5] * 3).good
+
+
+def test_weights_by_block_are_those_of_the_receipt(files, tmp_path):
+    path = saved(files, tmp_path, block_weights={"ada": [0.5, 2.0, 0.0]})
+    found = verify(path, files)
+    assert found.good, found.wrong
+    assert [one.strength for one in found.concepts] == pytest.approx([1] * 3, rel=1e-2)
+    assert max(one.residual for one in found.concepts) < 1e-2
 
 
 def test_missing_and_foreign_layers(files, tmp_path, shared):
@@ -146,9 +156,23 @@ def test_by_features_a_merge_by_features_keeps_what_an_average_loses(files, tmp_
     assert all(0.5 < one.strength < 1.25 for one in kept.concepts)
 
 
+def test_what_a_pack_built_is_measured_as_the_pack_collected_it(files, tmp_path, shared):
+    """Each concept behind its own text encoder: the very residuals of the receipt. Behind the merged one they are others."""
+    settings = replace(SMALL, steps=1, spatial=1, sample=0)
+    pack = Pack.create(tmp_path / "pack", files, base=shared, collection=settings)
+    built = pack.build(parameters={"ridge": 1e-3, "preservation": 0.0}, weights={"ben": 0.5})
+    found = verify(built.save(tmp_path / "merged.safetensors", dtype=torch.float32), files, base=shared, collection=settings)
+    assert found.good, found.wrong
+    for one in found.concepts:
+        assert one.residual == pytest.approx(built.mean_residual("fit", concept=one.name), rel=1e-3)
+
+
 @pytest.mark.parametrize(
     ("said", "steps"),
-    [({}, 3), ({"precision": "bfloat16", "steps": 4}, 4), ({"steps": 10**9}, 8), ({"steps": 0}, 8), ({"spatial": "x"}, 8)],
+    [
+        *[({}, 3), ({"precision": "bfloat16", "steps": 4}, 4), ({"steps": 10**9}, 8), ({"steps": 0}, 8)],
+        *[({"spatial": "x"}, 8), ({"spatial": 2.5}, 8), ({"spatial": math.nan}, 8)],
+    ],
 )
 def test_what_a_merge_collected_is_collected_again(files, tmp_path, shared, said, steps):
     """As its header says, but not whatever its header says."""
@@ -165,6 +189,8 @@ def test_what_is_asked_of_the_caller(files, tmp_path, shared):
     path = saved(files, tmp_path)
     with pytest.raises(UsageError, match="under a name of its own"):
         verify(path, [files[0], files[0]])
+    with pytest.raises(UsageError, match="trigger words were given for eve; the sources are ada, ben, cai"):
+        verify(path, files, calls={"eve": "eve woman"})
     with pytest.raises(UsageError, match="3 sources and 1 weights"):
         verify(path, files, weights=[1])
     with pytest.raises(UsageError, match="trigger was given for .eve., but the sources are ada, ben, cai"):

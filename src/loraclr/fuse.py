@@ -90,7 +90,12 @@ def _checkpoint(base: Pipeline, dtype: torch.dtype) -> dict[str, Tensor]:
     noise = base.pipe.scheduler.config
     marks = {"v_pred": noise.get("prediction_type") == "v_prediction", "ztsnr": bool(noise.get("rescale_betas_zero_snr"))}
     found |= {key: torch.ones(1) for key, there in marks.items() if there}
-    return {key: tensor.to(dtype) if tensor.is_floating_point() else tensor for key, tensor in found.items()}
+    return _cast(found, dtype)
+
+
+def _cast(tensors: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    """Numbers of positions and the like stay whole."""
+    return {key: tensor.to(dtype) if tensor.is_floating_point() else tensor for key, tensor in tensors.items()}
 
 
 def _folder(base: Pipeline, path: Path, dtype: torch.dtype) -> None:
@@ -99,5 +104,5 @@ def _folder(base: Pipeline, path: Path, dtype: torch.dtype) -> None:
         base.pipe.save_pretrained(path)
     for file in sorted(path.rglob("*.safetensors")):
         cast = file.with_suffix(".cast")  # never into the file itself: tensors that were not cast still lie in it
-        files.stream({key: tensor.to(dtype) for key, tensor in files.tensors_of(file).items()}, {"format": "pt"}, cast)
+        files.stream(_cast(files.tensors_of(file), dtype), {"format": "pt"}, cast)
         cast.replace(file)

@@ -37,6 +37,8 @@ def gram(rows: Tensor) -> Tensor:
 
 def half_gram(rows: Tensor, before: Tensor | None = None) -> Tensor:
     """The lower half of X^T X, block row by block row up to and with the diagonal's block, in one piece; added to such a half `before`."""
+    if before is not None and before.device != rows.device:  # sums stay where they are, products are made where the rows are
+        return before + half_gram(rows).to(before.device)
     rows = rows.detach().to(torch.float64)
     width = rows.shape[1]
     half = rows.new_zeros(sum(len(part) for part in _places(width))) if before is None else before.clone()

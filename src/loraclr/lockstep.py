@@ -64,7 +64,7 @@ def _spatial(
     tokens = {token: rows for concept in concepts for token, rows in concept.adapter.tokens.items()}
 
     def add(name: str, rows: Tensor) -> None:
-        tallies[name].add(rows.view(len(concepts), -1, rows.shape[1]))
+        tallies[name].add(rows.cpu().view(len(concepts), -1, rows.shape[1]))
 
     with ExitStack() as stack:
         stack.enter_context(pipeline.applied(dict(merged)))
@@ -72,9 +72,9 @@ def _spatial(
         stack.enter_context(side_by_side(pipeline, [(_among(concept, tallies), concept.weight) for concept in concepts]))
         stack.enter_context(pipeline.captured(list(tallies), add))
         for index, template in enumerate(settings.fit[: settings.spatial]):
-            states = pipeline.encode([template.replace("{}", concept.call) for concept in concepts])
-            seed = settings.seed + LATENTS["fit"] + index
-            pipeline.denoise(states, seeds=[seed] * len(concepts), steps=settings.steps)
+            prompts, seed = [template.replace("{}", concept.call) for concept in concepts], settings.seed + LATENTS["fit"] + index
+            half = settings.precision == "bfloat16"
+            pipeline.run(prompts, seeds=[seed] * len(concepts), steps=settings.steps, half=half)
 
 
 def _among(concept: Concept, names: Container[str]) -> dict[str, Layer]:

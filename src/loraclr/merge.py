@@ -36,6 +36,8 @@ from loraclr.refit import Refits, refitted
 from loraclr.scratch import Scratch, peak_memory
 from loraclr.statistics import LayerStats
 
+TOLD = (*REPEATED, "under")  # of what was collected: in a file's header
+
 
 class MergeWarning(UserWarning):
     """The merge works, but something about its inputs or its outcome deserves a look."""
@@ -126,7 +128,7 @@ class MergeResult:
             "inputs": [{key: value for key, value in entry.items() if key != "file"} for entry in self.inputs],
             "residual": {kind: _rounded(self.mean_residual(kind)) for kind in ("fit", "held_out")},
             "versions": dict(self.versions),
-            "collection": {key: self.collection[key] for key in REPEATED} if self.collection else None,
+            "collection": {key: value for key, value in self.collection.items() if key in TOLD} if self.collection else None,
         }
         return {
             provenance.RECEIPT: json.dumps(_plain(compact), sort_keys=True, allow_nan=False),
@@ -401,7 +403,7 @@ def _receipt(
         problem.width,
         solution.status,
         solution.advice,
-        {key: _rounded(value) for key, value in _residuals(problem, up, down).items()},
+        {key: _rounded(value) for key, value in residuals(problem, (up, down)).items()},
         {key: _rounded(value) for key, value in heard.summary().items()} if heard else {},
         {key: _rounded(value) if isinstance(value, float) else value for key, value in diagnostics.items()},
     )
@@ -412,10 +414,6 @@ def _tables(talk: CrossTalk) -> dict[str, Any]:
     """Row i on concept i's features: how loud each other adapter is there, and its coefficient in the merge."""
     tables = {kind: [[_rounded(value) for value in row] for row in getattr(talk, kind).tolist()] for kind in ("before", "after")}
     return {**{key: _rounded(value) for key, value in talk.summary().items()}, "concepts": talk.concepts, "tables": tables}
-
-
-def _residuals(problem: LayerProblem, up: torch.Tensor, down: torch.Tensor) -> dict[str, float]:
-    return residuals(problem, (up, down))
 
 
 def file_factors(problem: LayerProblem, solution: LayerSolution, rank: int | None = None) -> Truncation:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -44,7 +45,8 @@ class Scratch:
                 self._open = tempfile.TemporaryFile(dir=self.folder, prefix="loraclr-")  # noqa: SIM115
             except OSError as error:
                 where = "the folder for temporary files" if self.folder is None else self.folder
-                raise WriteError(f"no scratch file in {where} ({error.strerror}); give a folder with space as scratch") from error
+                advice = "give a folder with space as scratch, or as TMPDIR"
+                raise WriteError(f"no scratch file in {where} ({error.strerror}); {advice}") from error
         return self._open
 
     def __enter__(self) -> Scratch:
@@ -56,7 +58,8 @@ class Scratch:
     def close(self) -> None:
         """Gives the space back. What was written cannot be read any more."""
         if self._open is not None:
-            self._open.close()
+            with suppress(OSError):  # a full disk is told of once, by whoever wrote
+                self._open.close()
 
     def __del__(self) -> None:
         self.close()
@@ -100,7 +103,7 @@ class Scratch:
             where = tempfile.gettempdir() if self.folder is None else self.folder
             raise WriteError(
                 f"statistics cannot be written to {where} ({error.strerror}) after {start / 1e9:.1f} GB; "
-                "free some space, or give a larger folder as scratch"
+                "free some space, or give a larger folder as scratch, or as TMPDIR"
             ) from error
         self.written += len(data)
         return start

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -13,14 +14,17 @@ import torch
 from torch import Tensor
 
 from loraclr.adapter import Adapter, DenseLayer, Layer, ProductLayer
+from loraclr.blocks import weighted
 from loraclr.collect import PAPER, REPEATED, Collection, Concept, collect
 from loraclr.errors import LoraclrError, UsageError
 from loraclr.formats import FileReport, examine, load_adapter, provenance
-from loraclr.methods import cross_talk, make_method
-from loraclr.methods.problem import LayerProblem, residuals
+from loraclr.methods import make_method
+from loraclr.methods.crosstalk import CrossTalk, inner_products, meeting
+from loraclr.methods.problem import LayerProblem
 from loraclr.pipeline import Pipeline
 from loraclr.preflight import check_fit, union
 from loraclr.scratch import Scratch
+from loraclr.statistics import LayerStats, Moments
 
 TOLERANCE = 0.25  # of a strength, either way
 SLACK = 0.05  # of the mean residual, above what a merge by features measured itself
@@ -74,11 +78,12 @@ def verify(
 ) -> Verification:
     """Whether the file at `merged`, applied at strength 1, keeps every one of `sources`.
 
-    `weights` are the strengths that were meant; by default those of the file's receipt, else 1. On a `base` strength and residual are
-    those of each concept's features, stage by stage as they are merged, earlier stages with the merged layers; without one, of the
-    weights themselves. What was not merged by features is judged by its weights, which are exact, and on a base by its residuals too;
-    a merge by features, which trades strength for keeping concepts apart, by residuals alone and by those in its receipt.
-    NaN and infinite values are a FormatError of the reader. Raises UsageError where a merge by features is to be judged without a base.
+    `weights` are the strengths that were meant; by default those of the file's receipt, else 1; weights by block are the receipt's. On a
+    `base` strength and residual are those of each concept's features, stage by stage as they are merged, earlier stages with the merged
+    layers (of what was built from a pack: with the concept's own); without one, of the weights themselves. What was not merged by features
+    is judged by its weights, which are exact, and on a base by its residuals too; a merge by features, which trades strength for keeping
+    concepts apart, by residuals alone and by those in its receipt. NaN and infinite values are a FormatError of the reader. Raises
+    UsageError where a merge by features is to be judged without a base.
     """
     merged = Path(merged)
     whole, file = examine(merged, base=base)
@@ -94,6 +99,8 @@ def verify(
     meant = list(weights) if weights is not None else [_meant(receipt, name) for name in names]
     if len(meant) != len(adapters):
         raise UsageError(f"{len(adapters)} sources and {len(meant)} weights; give one for each")
+    if blocks := _blocks(receipt, names):
+        adapters = weighted(adapters, blocks, None if base is None else base.cross_attention_layers)
     shapes = union(adapters)
     union([*adapters, whole])
     missing, extra = sorted(shapes.keys() - whole.layers.keys()), sorted(whole.layers.keys() - shapes.keys())
@@ -101,11 +108,11 @@ def verify(
     by_features = "statistics" in _needs(receipt)
     plain = _Measure(names, adapters, meant)
     for name in [] if by_features else shapes:
-        plain.add(name, plain.problem(name, shapes[name]), whole)
+        plain.add(name, shapes[name], whole, None)
     measure = plain
     if base is not None:
-        settings = collection or _collected(receipt)
-        measure = _featured(_Measure(names, adapters, meant), whole, shapes, base, calls or {}, settings, progress)
+        settings, own = collection or _collected(receipt), _Measure(names, adapters, meant)
+        measure = _featured(own, whole, shapes, base, calls or {}, settings, _packed(receipt), progress)
     kept = measure.kept()
     wrong = _misshapen(whole, adapters, file, missing, underflow)
     for one, exact in zip(kept, plain.kept(), strict=True):
@@ -142,9 +149,10 @@ def _featured(
     base: Pipeline,
     calls: Mapping[str, str],
     settings: Collection,
+    alone: bool,
     progress: Callable[[str, float], None] | None,
 ) -> _Measure:
-    """`measure` with all layers, on the features of `base`."""
+    """`measure` with all layers, on the features of `base`: behind the merged earlier stages, or `alone`, as in a pack."""
     check_fit(shapes, base)
     named = zip(measure.adapters, measure.weights, strict=True)
     concepts = [Concept(adapter, calls.get(adapter.name) or adapter.call, weight) for adapter, weight in named]
@@ -153,57 +161,48 @@ def _featured(
     stages = base.stages(list(shapes))
     for number, stage in enumerate(stages):
         before = {name: whole.layers[name] for one in stages[:number] for name in one if name in whole.layers}
-        statistics = collect(base, concepts, stage, settings=settings, merged=before, scratch=Scratch())
-        for name in stage:
-            problem = dataclasses.replace(measure.problem(name, shapes[name]), statistics=statistics[name])
-            measure.add(name, problem, whole)
+        with Scratch() as room:
+            if alone:
+                seen = [_alone(base, concept, stage, settings, room) for concept in concepts]
+            else:
+                seen = [collect(base, concepts, stage, settings=settings, merged=before, scratch=room)]
+            for name in stage:
+                fit = {concept: moments for statistics in seen for concept, moments in statistics[name].fit.items()}
+                measure.add(name, shapes[name], whole, fit)
         if progress:
             progress("measuring", (number + 1) / len(stages))
     return measure
 
 
+def _alone(base: Pipeline, concept: Concept, stage: Sequence[str], settings: Collection, room: Scratch) -> dict[str, LayerStats]:
+    """What one concept sees with its whole adapter, at weight 1, and nobody else's: what packs keep."""
+    rest = {name: layer for name, layer in concept.adapter.layers.items() if name not in stage}
+    return collect(base, [dataclasses.replace(concept, weight=1.0)], stage, settings=settings, merged=rest, scratch=room)
+
+
 class _Measure:
-    """Normal equations of the merged change in the sources' own, summed over layers; every layer in which a concept acts counts alike."""
+    """Cross-talk and residuals of the merged change, summed over layers; every layer in which a concept acts counts alike."""
 
     def __init__(self, names: Sequence[str], adapters: Sequence[Adapter], weights: Sequence[float]) -> None:
         self.names, self.adapters, self.weights = list(names), list(adapters), list(weights)
-        count = len(self.names)
-        self.inner = torch.zeros(count, count, count, dtype=torch.float64)  # of concept i: <D_k, D_l> on its features
-        self.onto = torch.zeros(count, count, dtype=torch.float64)  # of concept i: <D, D_k>
+        self.talk: CrossTalk | None = None
         self.residuals: dict[str, dict[str, float]] = {name: {} for name in self.names}
 
-    def problem(self, layer: str, shape: tuple[int, ...]) -> LayerProblem:
-        layers = tuple(adapter.layers.get(layer) for adapter in self.adapters)
-        return LayerProblem(layer, shape, tuple(self.names), layers, tuple(self.weights))
-
-    def add(self, layer: str, problem: LayerProblem, merged: Adapter) -> None:
-        """One layer, by what was collected of it, or without that by the weights themselves."""
-        if problem.statistics is None:
-            self._add_weights(layer, problem, merged)
-            return
-        # Factors, not products: a wide layer keeps rows, whose Gram would take gigabytes for every concept.
-        alone = LayerProblem(layer, problem.shape, ("merged",), (merged.layers.get(layer),), (1.0,))
-        ((up, down),) = alone.factors
-        talk = cross_talk(dataclasses.replace(problem, weights=(1.0,) * len(self.names)), up, down)
-        self.inner += talk.among
-        self.onto += talk.merged
-        for key, value in residuals(problem, (up, down)).items():
-            kind, name = key.split("/", 1)
-            if kind == "fit":
-                self.residuals[name][layer] = value
-
-    def _add_weights(self, layer: str, problem: LayerProblem, merged: Adapter) -> None:
-        change = merged.layers[layer].delta(torch.float64).flatten(1) if layer in merged.layers else torch.zeros(problem.out, problem.width)
-        targets, flat = torch.stack(dataclasses.replace(problem, weights=(1.0,) * len(self.names)).deltas()), change.double()
-        meant = torch.stack(problem.deltas()).sum(0)
-        inner, onto = torch.einsum("koi,loi->kl", targets, targets), torch.einsum("koi,oi->k", targets, flat)
-        for index, name in enumerate(self.names):
-            size = float(inner[index, index])
-            if size > 0:
-                self.inner[index] += inner / size
-                self.onto[index] += onto / size
-                if (norm := float(problem.delta(index).norm())) > 0:
-                    self.residuals[name][layer] = float((flat - meant).norm()) / norm
+    def add(self, layer: str, shape: tuple[int, ...], merged: Adapter, seen: Mapping[str, Moments] | None) -> None:
+        """One layer, by what each concept saw there, or by the weights themselves."""
+        number = len(self.names)
+        layers = tuple(adapter.layers.get(layer) for adapter in (*self.adapters, merged))
+        changes = LayerProblem(layer, shape, (*self.names, ""), layers, (1.0,) * (number + 1)).factors  # the merged one is the last
+        tables = [inner_products(changes, None)] * number if seen is None else [inner_products(changes, seen[name]) for name in self.names]
+        heard = meeting(tables, self.names, number)
+        self.talk = heard if self.talk is None else self.talk + heard
+        weights = torch.tensor(self.weights, dtype=torch.float64)
+        for index, (name, table) in enumerate(zip(self.names, tables, strict=True)):
+            apart = torch.ones(number + 1, dtype=torch.float64)
+            apart[:number] = -weights if seen is None else 0.0
+            apart[index] = -weights[index]
+            if (own := float(weights[index] ** 2 * table[index, index])) > 0:
+                self.residuals[name][layer] = (max(float(apart @ table @ apart), 0.0) / own) ** 0.5
 
     def mean(self) -> float:
         """Of all residuals, as `MergeResult.mean_residual`."""
@@ -212,13 +211,12 @@ class _Measure:
 
     def kept(self) -> tuple[Kept, ...]:
         found = []
-        for index, name in enumerate(self.names):
-            coefficients = torch.linalg.pinv(self.inner[index], hermitian=True) @ self.onto[index]
+        strengths = self.weights if self.talk is None else self.talk.after.diagonal().tolist()
+        for name, meant, strength in zip(self.names, self.weights, strengths, strict=True):
             mine = self.residuals[name]
             worst = max(mine, key=lambda layer: mine[layer]) if mine else ""
             mean = sum(mine.values()) / len(mine) if mine else 0.0
-            strength = float(coefficients[index]) if mine else self.weights[index]
-            found.append(Kept(name, self.weights[index], strength, mean, worst, mine.get(worst, 0.0)))
+            found.append(Kept(name, meant, strength if mine else meant, mean, worst, mine.get(worst, 0.0)))
         return tuple(found)
 
 
@@ -250,22 +248,43 @@ def _collected(receipt: Mapping[str, object]) -> Collection:
     """What this merge collected, without what only it needs; where its header says nothing sensible, what its method usually does."""
     usual = PAPER if {"rows", "short"} & _needs(receipt) else Collection()
     seed, said = receipt.get("seed"), receipt.get("collection")
-    if isinstance(said, dict) and said.keys() >= set(REPEATED) and type(said["steps"]) is int and said["steps"] <= MOST_STEPS:
+    values = {key: said[key] for key in REPEATED} if isinstance(said, dict) and said.keys() >= set(REPEATED) else {}
+    if type(values.get("steps")) is int and values["steps"] <= MOST_STEPS and isinstance(values["spatial"], int | None):
         with suppress(UsageError, TypeError):
-            usual = dataclasses.replace(usual, **{key: said[key] for key in REPEATED})
+            usual = dataclasses.replace(usual, **values)
     return dataclasses.replace(usual, preserve=(), sample=0, held_out=(), seed=seed if isinstance(seed, int) and seed >= 0 else 0)
 
 
 def _promised(receipt: Mapping[str, object]) -> float | None:
     residual = receipt.get("residual")
     fit = residual.get("fit") if isinstance(residual, dict) else None
-    return float(fit) if isinstance(fit, int | float) else None
+    return float(fit) if isinstance(fit, int | float) and math.isfinite(fit) else None
+
+
+def _packed(receipt: Mapping[str, object]) -> bool:
+    """Whether each concept was collected under its own adapter alone."""
+    said = receipt.get("collection")
+    return isinstance(said, dict) and "under" in said
 
 
 def _meant(receipt: Mapping[str, object], name: str) -> float:
     """The weight that the receipt states for the input of that name, else 1."""
+    weight = _entry(receipt, name).get("weight")
+    return float(weight) if isinstance(weight, int | float) and math.isfinite(weight) else 1.0
+
+
+def _blocks(receipt: Mapping[str, object], names: Sequence[str]) -> dict[str, list[float]]:
+    """The weights by block that the receipt states, by name."""
+    stated = {name: _entry(receipt, name).get("block_weights") for name in names}
+    return {
+        name: numbers
+        for name, numbers in stated.items()
+        if isinstance(numbers, list) and all(isinstance(number, int | float) and math.isfinite(number) for number in numbers)
+    }
+
+
+def _entry(receipt: Mapping[str, object], name: str) -> Mapping[str, object]:
+    """What the receipt says of the input of that name."""
     inputs = receipt.get("inputs")
-    for entry in inputs if isinstance(inputs, list) else []:
-        if isinstance(entry, dict) and entry.get("name") == name and isinstance(entry.get("weight"), int | float):
-            return float(entry["weight"])
-    return 1.0
+    found = [entry for entry in inputs if isinstance(entry, dict) and entry.get("name") == name] if isinstance(inputs, list) else []
+    return found[0] if found else {}

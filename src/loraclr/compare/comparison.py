@@ -26,9 +26,8 @@ class Entry:
     result: MergeResult | None = None
     size: int = 0  # bytes of its file
     seconds: float = float("nan")
-    megabytes: float = float(
-        "nan"
-    )  # peak memory over what was in use before; what the process kept of an earlier method's is not counted again
+    # Peak memory over what was in use before; what the process kept of an earlier method's is not counted again.
+    megabytes: float = float("nan")
     measure: Measure | None = None  # without a base there is none
 
     @property

@@ -17,6 +17,7 @@ from loraclr.adapter import Adapter, DenseLayer, Layer, LoraLayer
 from loraclr.collect import Collection, Concept, collect
 from loraclr.methods.crosstalk import CrossTalk, inner_products, meeting
 from loraclr.pipeline import Pipeline
+from loraclr.scratch import Scratch
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,23 +49,24 @@ def measure(
     settings: Collection | None = None,
     progress: Callable[[str, float], None] | None = None,
 ) -> dict[str, Measure]:
-    """All merges by label. Nothing is kept of the features but inner products: memory is one concept's statistics of one stage."""
+    """All merges by label. Only inner products are kept of the features; statistics of one concept and stage wait in a scratch file."""
     settings = replace(settings or Collection(), preserve=(), sample=0)
     names = sorted({layer.name for concept in concepts for layer in concept.adapter})
     tables: dict[str, dict[str, list[Tensor]]] = {kind: {name: [] for name in names} for kind in ("fit", "held_out")}
     for index, concept in enumerate(concepts):
         earlier: dict[str, Layer] = {}
         for stage in pipeline.stages(names):
-            statistics = collect(pipeline, [concept], stage, settings=settings, merged=earlier)
-            for name in stage:
-                shape = pipeline.base_weight(name).flatten(1).shape
-                changes = [_factors(one.adapter.layers.get(name), one.weight, shape) for one in concepts]
-                changes += [_factors(adapter.layers.get(name), 1.0, shape) for adapter in merges.values()]
-                for kind, found in tables.items():
-                    seen = getattr(statistics[name], kind)
-                    found[name] += [inner_products(changes, seen[concept.name])] if concept.name in seen else []
-                if (own := concept.adapter.layers.get(name)) is not None:
-                    earlier[name] = _weighed(own, concept.weight)
+            with Scratch() as room:
+                statistics = collect(pipeline, [concept], stage, settings=settings, merged=earlier, scratch=room)
+                for name in stage:
+                    shape = pipeline.base_weight(name).flatten(1).shape
+                    changes = [_factors(one.adapter.layers.get(name), one.weight, shape) for one in concepts]
+                    changes += [_factors(adapter.layers.get(name), 1.0, shape) for adapter in merges.values()]
+                    for kind, found in tables.items():
+                        seen = getattr(statistics[name], kind)
+                        found[name] += [inner_products(changes, seen[concept.name])] if concept.name in seen else []
+            own = {name: layer for name in stage if (layer := concept.adapter.layers.get(name)) is not None}
+            earlier |= {name: _weighed(layer, concept.weight) for name, layer in own.items()}
         if progress:
             progress(f"measuring: {concept.name}", (index + 1) / len(concepts))
     called = [concept.name for concept in concepts]

@@ -40,7 +40,7 @@ def compare(
     weights: Sequence[float] | None = None,
     calls: Mapping[str, str] | None = None,
     rank: int | None = None,
-    seed: int = 0,
+    seed: int | None = None,
     collection: Collection | None = None,
     keep: str | Path | None = None,
     progress: Callable[[str, float], None] | None = None,
@@ -49,8 +49,8 @@ def compare(
 
     Every method collects for itself what it learns from, as in `merge`. Residuals, strength and cross-talk are measured afterwards, for all
     methods on the same features: those of each concept's own adapter, on the prompts of `collection`. A method that these inputs do not
-    suit, or that fails, is an entry that says why. `keep` is a folder that the merged files are written to, by label. Raises UsageError,
-    and MergeError if no method could merge.
+    suit, or that fails, is an entry that says why. `keep` is a folder that the merged files are written to, by label. Without
+    `seed` it is that of `collection`. Raises UsageError, WriteError where `keep` cannot be made, and MergeError if no method could merge.
     """
     if methods is not None and not methods:
         raise UsageError("no methods to compare; name at least one, or leave them out for all")
@@ -59,6 +59,10 @@ def compare(
     silent = [one.name for one in loaded if base is not None and not ((calls or {}).get(one.name) or one.call)]
     if silent:
         raise MergeError(f"{', '.join(silent)}: no trigger words; give them with --trigger NAME=WORDS")
+    if keep is not None:
+        disk.make_folder(Path(keep))
+    seed = (collection or Collection()).seed if seed is None else seed
+    usual = replace(collection or Collection(), seed=seed)
     entries = []
     for index, (label, method) in enumerate(chosen.items()):
 
@@ -84,7 +88,6 @@ def compare(
             seconds = time.perf_counter() - began
             with tempfile.TemporaryDirectory() as scratch:
                 folder = Path(scratch if keep is None else keep)
-                disk.make_folder(folder)
                 size = result.save(folder / f"{file_name(label)}.safetensors").stat().st_size
             entries.append(Entry(label, "", result, size, seconds, peak.megabytes))
         except Exception as error:  # also of the libraries below: the other methods' results must not be lost
@@ -103,7 +106,7 @@ def compare(
         "rank": rank,
         "inputs": first.inputs,
         "versions": first.versions,
-        "collection": asdict(collection or Collection()) if base is not None else None,
+        "collection": asdict(usual) if base is not None else None,
     }
     if base is None:
         return Comparison(tuple(entries), settings)
@@ -111,7 +114,6 @@ def compare(
     if not any(len(adapter) for adapter in loaded):
         return Comparison(tuple(entries), settings)
     merges = {entry.label: entry.result.adapter for entry in done if entry.result is not None}
-    usual = replace(collection or Collection(), seed=seed)
     found = measure(base, concepts, merges, settings=usual, progress=progress)
     return Comparison(tuple(replace(entry, measure=found.get(entry.label)) for entry in entries), settings)
 

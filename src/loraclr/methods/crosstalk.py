@@ -62,11 +62,14 @@ class CrossTalk:
         }
 
 
-def inner_products(changes: Sequence[tuple[Tensor, Tensor]], moments: Moments) -> Tensor:
-    """(n, n), float64: tr(D_k G D_l^T) for D_k = up_k @ down_k, ups (out, r_k), downs (r_k, in); no D is multiplied out."""
+def inner_products(changes: Sequence[tuple[Tensor, Tensor]], moments: Moments | None) -> Tensor:
+    """(n, n), float64: tr(D_k G D_l^T) for D_k = up_k @ down_k, ups (out, r_k), downs (r_k, in); no D is multiplied out.
+
+    Without moments tr(D_k D_l^T), of the weights themselves.
+    """
     ups, downs = torch.cat([up for up, _ in changes], 1), torch.cat([down for _, down in changes])
     owner = torch.repeat_interleave(torch.arange(len(changes)), torch.tensor([up.shape[1] for up, _ in changes]))
-    products = (ups.T @ ups) * moments.inner(downs)
+    products = (ups.T @ ups) * (downs @ downs.T if moments is None else moments.inner(downs))
     half = products.new_zeros(len(changes), len(owner)).index_add_(0, owner, products)
     return products.new_zeros(len(changes), len(changes)).index_add_(0, owner, half.T.contiguous())
 

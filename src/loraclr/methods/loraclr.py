@@ -89,7 +89,12 @@ class Loraclr(Checked):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        unfit = {"choose": self.choose != "fixed", "balance": self.balance, "penalty": self.penalty > 0}
+        unfit = {
+            "choose": self.choose != "fixed",
+            "balance": self.balance,
+            "penalty": self.penalty > 0,
+            "certificate": self.certificate == "exact",
+        }
         if self.rounds > 1 and any(unfit.values()):
             names = ", ".join(name for name, given in unfit.items() if given)
             raise UsageError(f"method 'loraclr': rounds={self.rounds} knows no {names}; leave that out, or rounds at 1")

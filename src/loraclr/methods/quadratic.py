@@ -81,7 +81,8 @@ class Quadratic:
             pull, constant = mu * centre, constant + mu * float(centre.square().sum())
         if sums.dual:
             rows = sums.rows()
-            targets = _block_diagonal(outputs, len(rows)) @ inside.T
+            acting = linalg.block_diagonal(outputs)  # X_i A_i^T; concept-free rows, below, ask for no change
+            targets = torch.cat([acting, acting.new_zeros(len(rows) - len(acting), acting.shape[1])]) @ inside.T
             return Quadratic(basis, targets.T @ rows + pull, centre, mu, constant, linalg.gram(rows.T), rows, targets)
         return Quadratic(basis, inside @ torch.cat(blocks) + pull, centre, mu, constant, sums.square(), None, None)
 
@@ -205,16 +206,6 @@ def _trace(moments: Moments) -> float:
 
 def _times_gram(down: Tensor, moments: Moments) -> Tensor:
     return (down @ rows.T) @ rows if (rows := moments.rows) is not None else down @ moments.gram()
-
-
-def _block_diagonal(outputs: list[Tensor], count: int) -> Tensor:
-    """(count, sum of widths) of blocks (rows_i, width_i) along the diagonal, zeros elsewhere and below."""
-    targets = torch.zeros(count, sum(block.shape[1] for block in outputs), dtype=torch.float64)
-    row = column = 0
-    for block in outputs:
-        targets[row : row + block.shape[0], column : column + block.shape[1]] = block
-        row, column = row + block.shape[0], column + block.shape[1]
-    return targets
 
 
 def _preserve(problem: LayerProblem, preservation: float, normalise: bool) -> tuple[Moments, float]:

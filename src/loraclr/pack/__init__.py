@@ -169,7 +169,7 @@ class Pack:
         solver = make_method(method, **(parameters or {})) if isinstance(method, str) else method
         if lacking := solver.needs - HOLDS:
             asked = " and ".join(words for need, words in NEEDS.items() if need in lacking)
-            hint = "set margin=0, or " if hasattr(solver, "margin") else ""
+            hint = "set margin=0, or " if hasattr(solver, "margin") and "twins" not in lacking else ""
             raise UsageError(f"{solver.name} needs {asked}, which a pack does not hold; {hint}use `loraclr merge`")
         if unknown := sorted(set(weights or {}) - set(self.concepts)):
             raise UsageError(f"weights were given for {', '.join(unknown)}; {self.path} holds {', '.join(self.concepts)}")

@@ -25,6 +25,7 @@ from loraclr.pack import file
 from loraclr.pack.file import KINDS, PackFile
 from loraclr.pipeline import Pipeline
 from loraclr.preflight import check_fit, union
+from loraclr.scratch import Scratch
 from loraclr.statistics import Moments
 
 PRESERVATION = "preservation"
@@ -118,26 +119,27 @@ class Gather:
         for done, (name, layers) in enumerate(jobs):
             self._tell(f"collecting: {name or PRESERVATION}", done / len(jobs))
             concept = None if name is None else concepts[name]
-            about, entries = self._collected(concept, layers)
-            if name in extra:
-                about |= {"call": extra[name].concept.call, "input": extra[name].input, "adapter": extra[name].adapter}
-                entries |= extra[name].entries
-            about["concept"] = name
-            if name is not None:
-                about["fingerprint"] = extra[name].fingerprint if name in extra else held[name].about["fingerprint"]
-            file.write(_free(folder, name or PRESERVATION), about, entries)
+            with Scratch(folder) as room:
+                about, entries = self._collected(concept, layers, room)
+                if name in extra:
+                    about |= {"call": extra[name].concept.call, "input": extra[name].input, "adapter": extra[name].adapter}
+                    entries |= extra[name].entries
+                about["concept"] = name
+                if name is not None:
+                    about["fingerprint"] = extra[name].fingerprint if name in extra else held[name].about["fingerprint"]
+                file.write(_free(folder, name or PRESERVATION), about, entries)
         self._tell("collecting", 1.0)
 
-    def _collected(self, concept: Concept | None, layers: Sequence[str]) -> tuple[dict[str, Any], dict[str, file.Entry]]:
-        """The statistics of these layers under the concept's own adapter, or without any."""
+    def _collected(self, concept: Concept | None, layers: Sequence[str], room: Scratch) -> tuple[dict[str, Any], dict[str, file.Entry]]:
+        """The statistics of these layers under the concept's own adapter, or without any; to be written before `room` is closed."""
         found: dict[str, dict[str, Moments]] = {kind: {} for kind in KINDS}
         for names in self.base.stages(layers):
             if concept is None:
-                statistics = collect(self.base, [], names, settings=self.settings)
+                statistics = collect(self.base, [], names, settings=self.settings, scratch=room)
             else:
                 settings = dataclasses.replace(self.settings, preserve=())
                 rest = {name: layer for name, layer in concept.adapter.layers.items() if name not in names}
-                statistics = collect(self.base, [concept], names, settings=settings, merged=rest)
+                statistics = collect(self.base, [concept], names, settings=settings, merged=rest, scratch=room)
             for layer, seen in statistics.items():
                 own = "" if concept is None else concept.name
                 kinds = {"fit": seen.fit.get(own), "held_out": seen.held_out.get(own), "preserve": seen.preserve}
