@@ -138,6 +138,14 @@ def test_by_features_strengths_are_those_that_the_merge_measured(files, tmp_path
     assert [one.strength for one in found.concepts] == pytest.approx(result.cross_talk.after.diagonal().tolist(), rel=1e-2)
 
 
+def test_a_file_that_names_no_sources_is_judged_by_the_receipt_beside_it(files, tmp_path, shared):
+    merged = merge(files, base=shared, collection=SMALL, parameters={"ridge": 1e-3}).save(tmp_path / "m.safetensors", sources=False)
+    assert "loraclr.receipt" not in load_adapter(merged).metadata
+    assert verify(merged, files, base=shared, collection=SMALL).good
+    merged.with_name("m.safetensors.json").unlink()  # then it can only be taken for a sum
+    assert not verify(merged, files, base=shared, collection=SMALL).good
+
+
 def test_by_features_a_merge_by_features_keeps_what_an_average_loses(files, tmp_path, shared):
     merged = saved(files, tmp_path, "loraclr", base=shared, collection=SMALL, parameters={"ridge": 1e-3, "preservation": 0.0})
     with pytest.raises(UsageError, match="merged by features .loraclr., which only a base can show; pass --base"):
@@ -189,8 +197,6 @@ def test_what_is_asked_of_the_caller(files, tmp_path, shared):
     path = saved(files, tmp_path)
     with pytest.raises(UsageError, match="under a name of its own"):
         verify(path, [files[0], files[0]])
-    with pytest.raises(UsageError, match="trigger words were given for eve; the sources are ada, ben, cai"):
-        verify(path, files, calls={"eve": "eve woman"})
     with pytest.raises(UsageError, match="3 sources and 1 weights"):
         verify(path, files, weights=[1])
     with pytest.raises(UsageError, match="trigger was given for .eve., but the sources are ada, ben, cai"):

@@ -93,7 +93,7 @@ def verify(
         raise UsageError("give the files it was merged from, each under a name of its own")
     if unknown := sorted(set(calls or {}) - set(names)):
         raise UsageError(f"a trigger was given for {unknown[0]!r}, but the sources are {', '.join(names)}")
-    receipt = _receipt(whole)
+    receipt = _receipt(whole, merged)
     if base is None and "statistics" in _needs(receipt):
         raise UsageError(f"{merged} was merged by features ({receipt['method']}), which only a base can show; pass --base")
     meant = list(weights) if weights is not None else [_meant(receipt, name) for name in names]
@@ -229,10 +229,12 @@ def _underflows(layer: Layer) -> bool:
     return any(len(part) > 0 and float(part.square().mean().sqrt()) < _SUBNORMAL for part in halves)
 
 
-def _receipt(adapter: Adapter) -> dict[str, object]:
+def _receipt(adapter: Adapter, path: Path) -> dict[str, object]:
+    """The one in the file's header; of a file that was to say nothing of its sources, the one beside it."""
+    beside = path.with_name(f"{path.name}.json")
     try:
-        receipt = json.loads(adapter.metadata.get(provenance.RECEIPT, "{}"))
-    except ValueError:
+        receipt = json.loads(adapter.metadata.get(provenance.RECEIPT) or (beside.read_text() if beside.is_file() else "{}"))
+    except (ValueError, OSError):
         return {}
     return receipt if isinstance(receipt, dict) else {}
 
