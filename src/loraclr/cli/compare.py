@@ -13,6 +13,7 @@ from rich.text import Text
 from loraclr import disk
 from loraclr.cli import evaluate, parse, show
 from loraclr.cli.base import SOURCE, BaseConfig, BaseDtype, Device, Offload, open_base
+from loraclr.cli.options import Batch, CollectionSeed, Guidance, Size, Steps, Triggers, Weights
 from loraclr.errors import UsageError
 
 if TYPE_CHECKING:
@@ -42,16 +43,10 @@ def compare(
         Path | None, typer.Option(metavar="FILE", help="Write everything as JSON, too; - prints it.", show_default=False)
     ] = None,
     keep: Annotated[Path | None, typer.Option(metavar="DIR", help="Keep every merged file; made if missing.", show_default=False)] = None,
-    weight: Annotated[
-        list[str],
-        typer.Option(metavar="[NAME=]NUMBER", help="Strength of an adapter, by its file's name or in order; repeatable.", show_default="1"),
-    ] = [],  # noqa: B006
-    trigger: Annotated[
-        list[str],
-        typer.Option(metavar="NAME=WORDS", help="The words that call an adapter in a prompt; repeatable.", show_default="as the files say"),
-    ] = [],  # noqa: B006
+    weight: Weights = [],  # noqa: B006
+    trigger: Triggers = [],  # noqa: B006
     rank: Annotated[int | None, typer.Option(min=1, help="The most per layer.", show_default="what each solution needs")] = None,
-    seed: Annotated[int, typer.Option(help="Of the noise that features are collected on.")] = 0,
+    seed: CollectionSeed = 0,
     pictures: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Draw every method at equal seeds into this folder.", show_default=False)
     ] = None,
@@ -75,10 +70,10 @@ def compare(
         ),
     ] = [],  # noqa: B006
     seeds: Annotated[int, typer.Option(min=1, metavar="N", help="Pictures per concept and prompt: seeds 0 to N-1.")] = 1,
-    steps: Annotated[int, typer.Option(help="Denoising steps.")] = 20,
-    guidance: Annotated[float, typer.Option(help="How strictly prompts are followed; 1 switches guidance off.")] = 4.0,
-    size: Annotated[str | None, typer.Option(metavar="HxW", help="Height and width in pixels.", show_default="the model's own")] = None,
-    batch: Annotated[int, typer.Option(help="Pictures drawn at once.")] = 4,
+    steps: Steps = 20,
+    guidance: Guidance = 4.0,
+    size: Size = None,
+    batch: Batch = 4,
     device: Device = "auto",
     base_dtype: BaseDtype = "fp32",
     offload: Offload = False,

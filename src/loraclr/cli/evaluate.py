@@ -12,6 +12,7 @@ from rich.text import Text
 
 from loraclr.cli import parse, show
 from loraclr.cli.base import SOURCE, BaseConfig, BaseDtype, Device, Offload, open_base
+from loraclr.cli.options import Batch, Guidance, Size, Steps
 from loraclr.errors import UsageError
 
 if TYPE_CHECKING:
@@ -72,11 +73,11 @@ def evaluate(
         ),
     ] = [],  # noqa: B006
     seeds: Annotated[int, typer.Option(min=1, metavar="N", help="Pictures per concept and prompt: seeds 0 to N-1.")] = 4,
-    steps: Annotated[int, typer.Option(help="Denoising steps.")] = 20,
-    guidance: Annotated[float, typer.Option(help="How strictly prompts are followed; 1 switches guidance off.")] = 4.0,
+    steps: Steps = 20,
+    guidance: Guidance = 4.0,
     negative: Annotated[str, typer.Option(help="What to stay away from.")] = "",
-    size: Annotated[str | None, typer.Option(metavar="HxW", help="Height and width in pixels.", show_default="the model's own")] = None,
-    batch: Annotated[int, typer.Option(help="Pictures drawn at once.")] = 4,
+    size: Size = None,
+    batch: Batch = 4,
     device: Device = "auto",
     base_dtype: BaseDtype = "fp32",
     offload: Offload = False,

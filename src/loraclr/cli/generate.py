@@ -14,6 +14,7 @@ import typer
 from loraclr import disk
 from loraclr.cli import again, parse, show
 from loraclr.cli.base import SOURCE, BaseConfig, BaseDtype, Device, Offload, open_base
+from loraclr.cli.options import Batch, Guidance, Size, Steps
 from loraclr.errors import UsageError
 
 if TYPE_CHECKING:
@@ -58,14 +59,14 @@ def generate(
         ),
     ] = [],  # noqa: B006
     seed: Annotated[list[int], typer.Option(help="Every prompt is drawn with every seed; repeatable.")] = [0],  # noqa: B006
-    steps: Annotated[int, typer.Option(help="Denoising steps.")] = 20,
-    guidance: Annotated[float, typer.Option(help="How strictly prompts are followed; 1 switches guidance off.")] = 4.0,
-    size: Annotated[str | None, typer.Option(metavar="HxW", help="Height and width in pixels.", show_default="the model's own")] = None,
+    steps: Steps = 20,
+    guidance: Guidance = 4.0,
+    size: Size = None,
     from_: Annotated[
         Path | None,
         typer.Option("--from", metavar="PNG", help="A picture drawn before: its settings, but for those given here.", show_default=False),
     ] = None,
-    batch: Annotated[int, typer.Option(help="Pictures drawn at once.")] = 4,
+    batch: Batch = 4,
     device: Device = "auto",
     base_dtype: BaseDtype = "fp32",
     offload: Offload = False,

@@ -11,6 +11,7 @@ import typer
 
 from loraclr.cli import parse, show
 from loraclr.cli.base import SOURCE, BaseConfig
+from loraclr.cli.options import Triggers
 from loraclr.errors import LoraclrError
 
 if TYPE_CHECKING:
@@ -24,10 +25,7 @@ def inspect(
     files: Annotated[list[Path], typer.Argument(metavar="FILE...", help="Adapter files, or PEFT folders.", show_default=False)],
     base: Annotated[str | None, typer.Option(help=f"{SOURCE} The one they are for: checks them on it.", show_default=False)] = None,
     rank: Annotated[int | None, typer.Option(min=1, help="Say what a merge at this rank would lose.", show_default=False)] = None,
-    trigger: Annotated[
-        list[str],
-        typer.Option(metavar="NAME=WORDS", help="The words that call an adapter in a prompt; repeatable.", show_default="as the files say"),
-    ] = [],  # noqa: B006
+    trigger: Triggers = [],  # noqa: B006
     allow: Annotated[list[str], typer.Option(metavar="CHECK", help="As for merge; repeatable.", show_default=False)] = [],  # noqa: B006
     base_config: BaseConfig = None,
     json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,

@@ -13,6 +13,7 @@ from rich.text import Text
 from loraclr import disk
 from loraclr.cli import parse, show
 from loraclr.cli.base import SOURCE, BaseConfig, BaseDtype, Device, Offload, open_base
+from loraclr.cli.options import CollectionSeed, Triggers, Weights
 
 if TYPE_CHECKING:
     from loraclr.merge import LayerReceipt, MergeResult
@@ -26,10 +27,7 @@ def merge(
     set_: Annotated[
         list[str], typer.Option("--set", metavar="KEY=VALUE", help="A parameter of the method; repeatable.", show_default=False)
     ] = [],  # noqa: B006
-    weight: Annotated[
-        list[str],
-        typer.Option(metavar="[NAME=]NUMBER", help="Strength of an adapter, by its file's name or in order; repeatable.", show_default="1"),
-    ] = [],  # noqa: B006
+    weight: Weights = [],  # noqa: B006
     block_weights: Annotated[
         list[str],
         typer.Option(
@@ -39,16 +37,13 @@ def merge(
             show_default=False,
         ),
     ] = [],  # noqa: B006
-    trigger: Annotated[
-        list[str],
-        typer.Option(metavar="NAME=WORDS", help="The words that call an adapter in a prompt; repeatable.", show_default="as the files say"),
-    ] = [],  # noqa: B006
+    trigger: Triggers = [],  # noqa: B006
     rank: Annotated[int | None, typer.Option(min=1, help="The most per layer.", show_default="what the solution needs")] = None,
     format: Annotated[
         Literal["kohya", "diffusers", "peft", "edlora", "diff"], typer.Option(help="Names and layout of the output.")
     ] = "kohya",
     dtype: Annotated[Literal["fp16", "fp32"], typer.Option(help="Precision of the output.")] = "fp16",
-    seed: Annotated[int, typer.Option(help="Of the noise that features are collected on.")] = 0,
+    seed: CollectionSeed = 0,
     quick: Annotated[
         bool, typer.Option("--quick", help="A tenth of the passes through the UNet, in bfloat16: for large models without a GPU.")
     ] = False,

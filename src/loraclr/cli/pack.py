@@ -11,6 +11,7 @@ from rich.text import Text
 from loraclr import disk
 from loraclr.cli import parse, show
 from loraclr.cli.base import SOURCE, BaseConfig, BaseDtype, Device, Offload, open_base
+from loraclr.cli.options import CollectionSeed, Triggers
 
 if TYPE_CHECKING:
     from loraclr.pack import Pack
@@ -18,10 +19,6 @@ if TYPE_CHECKING:
 app = typer.Typer(help="Concepts kept with their statistics, to merge any of them without collecting again.", no_args_is_help=True)
 Folder = Annotated[Path, typer.Argument(metavar="PACK", help="The pack's folder.", show_default=False)]
 Files = Annotated[list[Path], typer.Argument(metavar="FILE...", help="Adapter files, or PEFT folders.", show_default=False)]
-Trigger = Annotated[
-    list[str],
-    typer.Option(metavar="NAME=WORDS", help="The words that call an adapter in a prompt; repeatable.", show_default="as the files say"),
-]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
@@ -30,8 +27,8 @@ def create(
     files: Files,
     base: Annotated[str, typer.Option(help=SOURCE, show_default=False)],
     output: Annotated[Path, typer.Option(metavar="PACK", help="The folder to make.", show_default=False)],
-    trigger: Trigger = [],  # noqa: B006
-    seed: Annotated[int, typer.Option(help="Of the noise that features are collected on.")] = 0,
+    trigger: Triggers = [],  # noqa: B006
+    seed: CollectionSeed = 0,
     device: Device = "auto",
     base_dtype: BaseDtype = "fp32",
     offload: Offload = False,
@@ -60,7 +57,7 @@ def add(
     pack: Folder,
     files: Files,
     base: Annotated[str | None, typer.Option(help="The base of the pack.", show_default="where it was when the pack was made")] = None,
-    trigger: Trigger = [],  # noqa: B006
+    trigger: Triggers = [],  # noqa: B006
     device: Device = "auto",
     base_dtype: BaseDtype = "fp32",
     offload: Offload = False,

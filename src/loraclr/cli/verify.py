@@ -10,6 +10,7 @@ import typer
 
 from loraclr.cli import parse, show
 from loraclr.cli.base import SOURCE, BaseConfig, BaseDtype, Device, Offload, open_base
+from loraclr.cli.options import Triggers
 
 
 def verify(
@@ -23,10 +24,7 @@ def verify(
         list[str],
         typer.Option(metavar="[NAME=]NUMBER", help="The strength that was meant; repeatable.", show_default="the receipt's, else 1"),
     ] = [],  # noqa: B006
-    trigger: Annotated[
-        list[str],
-        typer.Option(metavar="NAME=WORDS", help="The words that call an adapter in a prompt; repeatable.", show_default="as the files say"),
-    ] = [],  # noqa: B006
+    trigger: Triggers = [],  # noqa: B006
     device: Device = "auto",
     base_dtype: BaseDtype = "fp32",
     offload: Offload = False,

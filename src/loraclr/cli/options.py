@@ -1,0 +1,21 @@
+"""Options that several commands share: one name, one help text, wherever they stand. Those of the base model are in `base.py`."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+Triggers = Annotated[
+    list[str],
+    typer.Option(metavar="NAME=WORDS", help="The words that call an adapter in a prompt; repeatable.", show_default="as the files say"),
+]
+Weights = Annotated[
+    list[str],
+    typer.Option(metavar="[NAME=]NUMBER", help="Strength of an adapter, by its file's name or in order; repeatable.", show_default="1"),
+]
+CollectionSeed = Annotated[int, typer.Option(help="Of the noise that features are collected on.")]
+Steps = Annotated[int, typer.Option(help="Denoising steps.")]
+Guidance = Annotated[float, typer.Option(help="How strictly prompts are followed; 1 switches guidance off.")]
+Size = Annotated[str | None, typer.Option(metavar="HxW", help="Height and width in pixels.", show_default="the model's own")]
+Batch = Annotated[int, typer.Option(help="Pictures drawn at once.")]
