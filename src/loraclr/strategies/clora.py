@@ -68,17 +68,7 @@ class Clora:
             conditioned(layers, latent=latent) if layered else nullcontext(),
             cast.blended(script.parts, where, before=watch.forget),
         ):
-            return cast.pipeline.denoise(
-                script.base,
-                negative=script.negative,
-                seeds=[scene.seed],
-                steps=scene.steps,
-                size=scene.size,
-                guidance=scene.guidance,
-                scheduler=scene.scheduler,
-                refine=self._refine(cast, script, watch, scene.steps),
-                callback=scene.callback,
-            )
+            return script.drawn(cast, scene, refine=self._refine(cast, script, watch, scene.steps), callback=scene.callback)
 
     def _refine(self, cast: Cast, script: Script, watch: Watch, steps: int) -> Refine:
         often, last, numbers = {round(share * steps) for share in self.refine_at}, self.until * steps, count()

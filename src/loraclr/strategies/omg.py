@@ -52,16 +52,8 @@ class Omg:
 
         def run(stage: int) -> Tensor:
             callback = scene.callback
-            return cast.pipeline.denoise(
-                script.base,
-                negative=script.negative,
-                seeds=[scene.seed],
-                steps=scene.steps,
-                size=scene.size,
-                guidance=scene.guidance,
-                scheduler=scene.scheduler,
-                callback=None if callback is None else lambda step, steps: callback(stage * steps + step, total * steps),
-            )
+            tell = None if callback is None else lambda step, steps: callback(stage * steps + step, total * steps)
+            return script.drawn(cast, scene, callback=tell)
 
         where: Callable[[int, tuple[int, int]], Tensor]
         if scene.regions:

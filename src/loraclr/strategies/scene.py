@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import Tensor
 
-from loraclr.conditioning import Region, box_cells
+from loraclr.conditioning import Refine, Region, box_cells
 from loraclr.errors import UsageError
 from loraclr.pipeline import GUIDANCE, STEPS
 from loraclr.strategies.cast import Cast
@@ -65,6 +65,22 @@ class Script:
                 spots.append(_within(own.spots(pipeline.token_count), pipeline.text_length))
                 states.append(pipeline.encode([negative, own.text] if guided else [own.text]))
         return Script(pipeline.encode([plain.text]), pipeline.encode([scene.negative]) if guided else None, tuple(states), tuple(spots))
+
+    def drawn(
+        self, cast: Cast, scene: Scene, *, refine: Refine | None = None, callback: Callable[[int, int], None] | None = None
+    ) -> Tensor:
+        """The base's text through the sampler, with whatever hooks are in place: (1, channels, h, w) latents."""
+        return cast.pipeline.denoise(
+            self.base,
+            negative=self.negative,
+            seeds=[scene.seed],
+            steps=scene.steps,
+            size=scene.size,
+            guidance=scene.guidance,
+            scheduler=scene.scheduler,
+            refine=refine,
+            callback=callback,
+        )
 
 
 def check_words(prompt: str, parts: Sequence[Part], *, where: str = "the prompt") -> None:
