@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import twin
+from compose import faces
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor
 from PIL import Image
@@ -109,7 +110,18 @@ def warm(tokenizer: CLIPTokenizer, text: CLIPTextModel, unet: UNet2DConditionMod
     print(f"starts from {folder}: {len(shared)} of {len(table)} embeddings known", flush=True)
 
 
-def start(data: Path, vae_folder: Path, lr: float, earlier: Path | None, trainer: twin.Trainer) -> None:
+def face_weight(picture: Picture, face: float) -> Tensor:
+    """(1, 16, 16 or 32) weights of a picture's latent pixels: `face` where brows, eyes and mouth are, 1 elsewhere.
+
+    An expression is told by a few latent pixels; at equal weights it is what the base learns last.
+    """
+    weight = torch.ones(1, 16, 32 if picture.wide else 16)
+    for y1, x1, y2, x2 in faces(picture):
+        weight[:, max(0, round(y1 / 4)) : round(y2 / 4) + 1, max(0, round(x1 / 4)) : round(x2 / 4) + 1] = face
+    return weight
+
+
+def start(data: Path, vae_folder: Path, lr: float, face: float, earlier: Path | None, trainer: twin.Trainer) -> None:
     rank, world = trainer.rank, trainer.world
     cache_latents(data, vae_folder, trainer.folder, rank, world)
     pictures: dict[str, list[Picture]] = pickle.loads((data / "pictures.pkl").read_bytes())
@@ -141,7 +153,8 @@ def start(data: Path, vae_folder: Path, lr: float, earlier: Path | None, trainer
         with torch.autocast("cpu", torch.bfloat16):
             states = text(ids).last_hidden_state
             v = unet(noisy, t, states).sample
-        value = mse_loss(v.float(), target)
+        weight = torch.stack([face_weight(mine[name][row], face) for row in rows])
+        value = (mse_loss(v.float(), target, reduction="none") * weight).sum() / (4 * weight.sum())
         return value, {name: float(value.detach())}
 
     def snapshot(model: nn.Module, step: int) -> None:
@@ -215,6 +228,7 @@ if __name__ == "__main__":
     parser.add_argument("out", type=Path)
     parser.add_argument("--minutes", type=float, default=90)
     parser.add_argument("--lr", type=float, default=6e-4)
+    parser.add_argument("--face", type=float, default=4.0, help="weight of the faces in the loss; 1 for the first 6,750 steps")
     parser.add_argument("--warm", type=Path, help="an earlier base to start from, in diffusers layout")
     parser.add_argument("--export", type=Path)
     arguments = parser.parse_args()
@@ -222,6 +236,6 @@ if __name__ == "__main__":
         export(arguments.out, arguments.vae, arguments.export)
     else:
         twin.run(
-            functools.partial(start, arguments.data, arguments.vae, arguments.lr, arguments.warm), folder=arguments.out,
+            functools.partial(start, arguments.data, arguments.vae, arguments.lr, arguments.face, arguments.warm), folder=arguments.out,
             seconds=arguments.minutes * 60, parameters=14_000_000,
         )  # fmt: skip

@@ -7,7 +7,7 @@ import itertools
 import json
 import random
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -165,27 +165,45 @@ def _paste(canvas: Image.Image, sprite: np.ndarray, size: int, x: int, y: int, m
     canvas.paste(image, (x, y), image)
 
 
+def _background(picture: Picture, width: int, rng: random.Random) -> Image.Image:
+    kind, name = picture.background
+    if kind == "scene":
+        return _scene_pool(name, width, rng.randrange(150)).copy()
+    return Image.new("RGB", (width, SIDE), _jitter(rng, rgb(PLAIN[name]), 8))
+
+
+def _places(picture: Picture, rng: random.Random, on_left: bool) -> Iterator[tuple[int, int, int, bool]]:
+    """Size, left, top and mirroring of each person's sprite."""
+    for index in range(len(picture.people)):
+        size = rng.randint(70, 84)
+        centre = SIDE * index + SIDE // 2 + rng.randint(-4, 4)
+        if picture.thing is not None and len(picture.people) == 1:
+            centre += 11 if on_left else -11
+        # the head begins about 5 % below the sprite's upper edge
+        yield size, centre - size // 2, rng.randint(-1, 6), rng.random() < 0.5
+
+
+def faces(picture: Picture) -> list[tuple[float, float, float, float]]:
+    """Where `compose` puts each person's brows, eyes and mouth: (y1, x1, y2, x2) in pixels."""
+    rng = random.Random(picture.layout)
+    _background(picture, SIDE * (2 if picture.wide else 1), rng)
+    on_left = rng.random() < 0.5
+    places = _places(picture, rng, on_left)
+    return [(y + 0.30 * size, x + 0.33 * size, y + 0.66 * size, x + 0.67 * size) for size, x, y, _ in places]
+
+
 def compose(picture: Picture, sprites: Sequence[np.ndarray]) -> np.ndarray:
     """The picture as (64, 64 or 128, 3) uint8. `sprites` are those of `picture.people`, in order."""
     rng = random.Random(picture.layout)
     width = SIDE * (2 if picture.wide else 1)
-    kind, name = picture.background
-    if kind == "scene":
-        canvas = _scene_pool(name, width, rng.randrange(150)).copy()
-    else:
-        canvas = Image.new("RGB", (width, SIDE), _jitter(rng, rgb(PLAIN[name]), 8))
+    canvas = _background(picture, width, rng)
     if picture.thing and not picture.people:
         size = rng.randint(34, 50)
         _paste(canvas, objects()[picture.thing], size, rng.randint(2, SIDE - size - 2), rng.randint(6, SIDE - size - 2), False)
     side_thing = picture.thing is not None and len(picture.people) == 1
     on_left = rng.random() < 0.5
-    for index, sprite in enumerate(sprites):
-        size = rng.randint(70, 84)
-        centre = SIDE * index + SIDE // 2 + rng.randint(-4, 4)
-        if side_thing:
-            centre += 11 if on_left else -11
-        # the head begins about 5 % below the sprite's upper edge
-        _paste(canvas, sprite, size, centre - size // 2, rng.randint(-1, 6), rng.random() < 0.5)
+    for sprite, (size, x, y, mirror) in zip(sprites, _places(picture, rng, on_left), strict=True):
+        _paste(canvas, sprite, size, x, y, mirror)
     if side_thing:
         assert picture.thing
         size = rng.randint(22, 27)
