@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 
-.PHONY: help demo test check fix bench docs fuzz crash
+.PHONY: toybox help demo test check fix bench docs fuzz crash
 
 help:
 	@echo "make demo    merge twelve concepts offline and write demo/report.html"
@@ -14,6 +14,7 @@ help:
 	@echo "make docs    rewrite what is made from the code: docs/methods.md and the README's table"
 	@echo "make fuzz    12,000 damaged files through every reader"
 	@echo "make crash   kill merges at random moments and look at what is left"
+	@echo "make toybox  train the toybox's adapters anew and measure them: needs a trained base in build/, and hours"
 
 demo: .venv/diffusion.stamp
 	$(BIN)/loraclr demo
@@ -36,6 +37,9 @@ bench: .venv/dev.stamp
 
 docs: .venv/dev.stamp
 	$(BIN)/loraclr methods --markdown .
+
+toybox: .venv/dev.stamp
+	$(MAKE) -C tools/toybox
 
 fuzz: .venv/dev.stamp
 	$(BIN)/python tests/fuzzing.py 12000

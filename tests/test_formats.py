@@ -33,7 +33,7 @@ def format(request):
 
 def test_every_format_is_tested():
     assert tuple(ENDINGS) == WRITTEN
-    assert [one.id for one in FORMATS] == [*WRITTEN, "comfy"]  # read only: test_formats_flux.py and test_formats_sdxl.py
+    assert [one.id for one in FORMATS] == [*WRITTEN, "comfy", "embedding"]  # tests of their own: read only; tokens only
 
 
 def test_read_after_write_is_identity(format, tmp_path):

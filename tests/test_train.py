@@ -620,12 +620,32 @@ def test_the_command_keeps_tokens_beside_a_kohya_file(base, folder, tmp_path, ca
     assert set(back.tokens) == {"<qq>"} and all(isinstance(layer, DenseLayer) for layer in back)
 
 
+def test_a_textual_inversion_is_a_file_that_diffusers_loads_and_that_merges(base, folder, tmp_path, capsys, tiny_pipe, pipeline):
+    words = ["train", folder, "--base", base, "--recipe", "textual-inversion", "--trigger", "qq", "--class", "m", "--set", "steps=1"]
+    assert main([str(word) for word in [*words, "--sample-every", 0, "--output", tmp_path / "qq.safetensors"]]) == 0
+    assert "learned tokens:" not in capsys.readouterr().out  # none lie beside it
+    pipe = tiny_pipe()
+    pipe.load_textual_inversion(tmp_path / "qq.safetensors")
+    token = load_adapter(tmp_path / "qq.safetensors")
+    row = pipe.text_encoder.get_input_embeddings().weight[pipe.tokenizer.convert_tokens_to_ids("<qq>")]
+    assert token.call == "<qq>" and torch.equal(row.detach(), token.tokens["<qq>"][0])
+    save_adapter(learn(folder, pipeline, small("lora", steps=1), trigger="ada"), tmp_path / "ada.safetensors")
+    quick = Collection(fit=("a {}",), held_out=("the {}",), preserve=("a m",), steps=2)
+    merged = merge([tmp_path / "qq.safetensors", tmp_path / "ada.safetensors"], base=pipeline, collection=quick).adapter
+    assert set(merged.tokens) == {"<qq>"} and len(merged) > 0
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
         (["--output", "nowhere/qq.pth"], "there is no folder nowhere; make it first"),
         (["--output", "qq.ckpt"], "format kohya is a file: end its name in .safetensors"),
-        (["--output", "qq.safetensors", "--recipe", "pplus"], "makes learned tokens and no layers; end its name in .pth"),
+        (["--output", "qq.safetensors", "--recipe", "pplus"], "a token with 10 layers has no names in embedding files, which know 16"),
+        (
+            ["--output", "qq.safetensors", "--recipe", "pplus", "--format", "diffusers"],
+            "makes a learned token and no layers; leave --format out",
+        ),
+        (["--output", "qq.safetensors", "--format", "embedding"], "recipe 'lora' makes layers; choose another --format"),
         (["--output", "qq.pth", "--recipe", "custom-diffusion"], "cannot hold whole matrices"),
         (["--output", "qq.pth", "--recipe", "edlor"], "Did you mean 'edlora'?"),
         (["--output", "qq.pth", "--set", "rank"], "not of the form NAME=VALUE"),

@@ -24,6 +24,7 @@ import torch
 from people import Concept, bulk, concepts
 from PIL import Image
 from safetensors.torch import save_file
+from shown import pictures as draw
 
 from loraclr.adapter import Adapter, LoraLayer
 from loraclr.formats import save_adapter
@@ -132,9 +133,8 @@ def write_class_pictures(folder: Path, noun: str, base: Path) -> None:
         part, pipeline = folder.with_name(f".{folder.name}"), Pipeline.load(base)
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir(parents=True)
-        for seed in range(0, CLASS_PICTURES, 16):
-            for number, image in enumerate(pipeline.sample([f"a photo of a {noun}"] * 16, seeds=range(seed, seed + 16)), start=seed):
-                image.save(part / f"{number:02d}.png")
+        for number, image in enumerate(draw(pipeline, [f"a photo of a {noun}"] * CLASS_PICTURES)):
+            image.save(part / f"{number:02d}.png")
         part.rename(folder)
 
 
@@ -145,6 +145,7 @@ def run(base: Path, pictures: Path, job: Job) -> dict[str, object]:
     if kind.recipe == "orthogonal":
         settings["index"] = job.index
     recipe = make_recipe(f"{kind.recipe}:toybox", **settings)
+    job.folder.mkdir(parents=True, exist_ok=True)
     began = time.process_time()
     adapter = train(
         write_pictures(pictures / concept.name, concept),
@@ -158,7 +159,6 @@ def run(base: Path, pictures: Path, job: Job) -> dict[str, object]:
         sample_every=0,
     )
     seconds = time.process_time() - began
-    job.folder.mkdir(parents=True, exist_ok=True)
     if kind.file == "edlora":
         save_adapter(adapter, job.path, format="edlora")
     else:

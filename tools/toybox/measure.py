@@ -17,12 +17,14 @@ from pathlib import Path
 import torch
 from people import concepts
 from PIL import Image
+from safetensors import safe_open
 from shown import base_report, pictures, summary
 from torch.nn.functional import normalize
 from world import Person, identities, named_people
 
 from loraclr.adapter import Adapter
 from loraclr.evaluate import interval
+from loraclr.evaluate.metrics import image_alignment, text_cosine
 from loraclr.formats import load_adapter
 from loraclr.pipeline import Pipeline
 from loraclr.toybox.clip import ToyClip
@@ -73,6 +75,19 @@ def concept_scores(judge: Judge, images: Mapping[str, list[Image.Image]], people
     return score(flat, who, told, judge=judge, candidates={name: people[name].identity for name in images})
 
 
+def alignment(
+    clip: ToyClip, images: Mapping[str, list[Image.Image]], nouns: Mapping[str, str], references: Mapping[str, list[Image.Image]]
+) -> dict[str, list[float]]:
+    """Mean cosine of ToyClip's embeddings: with the prompt, the class word in place of the concept, and with the concept's references."""
+    text, image = [], []
+    for name, shown in images.items():
+        seen = clip.embed_images(shown)
+        said = clip.embed_texts([template.format(nouns[name]) for template, _ in SCORE_TEMPLATES])
+        text.append(text_cosine(seen, said.repeat(len(shown) // len(said), 1)))
+        image.append(image_alignment(seen, clip.embed_images(references[name])))
+    return {"text": summary(torch.cat(text)), "image": summary(torch.cat(image))}
+
+
 def face_report(
     face: ToyFace, images: Mapping[str, list[Image.Image]], references: Mapping[str, list[Image.Image]]
 ) -> dict[str, list[float]]:
@@ -112,29 +127,40 @@ def row(scores: Scores, concepts: int) -> dict[str, object]:
     return {key: round(value, 3) for key, value in scores.means().items()} | {"identity_interval": [round(low, 3), round(high, 3)]}
 
 
+def held_out(weights: Path) -> object:
+    """What the judge's own training reported on pictures of people it never saw."""
+    with safe_open(weights, "pt") as file:
+        told = file.metadata()
+    return json.loads(told.get("held_out") or told["held_out_accuracy"])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("base", type=Path)
     parser.add_argument("judge", type=Path)
     parser.add_argument("--loras", type=Path)
     parser.add_argument("--split", default="development")
-    parser.add_argument("--count", type=int, default=128)
+    parser.add_argument("--count", type=int, default=128, help="prompts for the base; 0: only the adapters")
     parser.add_argument("--face", type=Path, help="ToyFace's weights, to be measured on the adapters' pictures")
     parser.add_argument("--clip", type=Path, help="ToyClip's weights, to be measured on the base's pictures")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     pipeline, judge = Pipeline.load(arguments.base), Judge.load(arguments.judge)
-    report, seen, prompts = base_report(pipeline, judge, arguments.count)
-    print(json.dumps(report, indent=1), flush=True)
-    if arguments.clip:
+    judges = {"attribute judge": arguments.judge, "toyface": arguments.face, "toyclip": arguments.clip}
+    report: dict[str, object] = {"judges, held out": {name: held_out(path) for name, path in judges.items() if path}}
+    if arguments.count:
+        base, seen, prompts = base_report(pipeline, judge, arguments.count)
+        report |= base
+        print(json.dumps(report, indent=1), flush=True)
+        report["named people"] = named_identity(pipeline, judge, arguments.count // 2)
+        print("named people", json.dumps(report["named people"]), flush=True)
+        words = {"trigger words": list(identities())[:8], "expressions": ["smiling", "sad", "angry", "surprised"]}
+        report["text states"] = {kind: round(spread(pipeline, some), 4) for kind, some in words.items()}
+        print("text states", json.dumps(report["text states"]), flush=True)
+    if arguments.count and arguments.clip:
         report["toyclip"] = clip_report(ToyClip.load(arguments.clip), seen, prompts)
         print("toyclip", json.dumps(report["toyclip"]), flush=True)
-    report["named people"] = named_identity(pipeline, judge, arguments.count // 2)
-    print("named people", json.dumps(report["named people"]), flush=True)
-    words = {"trigger words": list(identities())[:8], "expressions": ["smiling", "sad", "angry", "surprised"]}
-    report["text states"] = {kind: round(spread(pipeline, some), 4) for kind, some in words.items()}
-    print("text states", json.dumps(report["text states"]), flush=True)
     if arguments.loras:
         people = identities()
         files = sorted((arguments.loras / arguments.split).iterdir())
@@ -157,6 +183,10 @@ def main() -> None:
             if arguments.face:
                 report[f"toyface, {label}"] = face_report(ToyFace.load(arguments.face), images, references)
                 print("toyface", json.dumps(report[f"toyface, {label}"]), flush=True)
+            if arguments.clip:
+                nouns = {name: people[name].noun for name in names}
+                report[f"toyclip, {label}"] = alignment(ToyClip.load(arguments.clip), images, nouns, references)
+                print("toyclip", json.dumps(report[f"toyclip, {label}"]), flush=True)
             if label == "single adapter":
                 each = scores.identity.view(len(names), -1).mean(1)
                 report["by concept"] = {name: round(float(value), 3) for name, value in zip(names, each, strict=True)}

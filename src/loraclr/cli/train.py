@@ -15,7 +15,13 @@ from loraclr.errors import UsageError
 if TYPE_CHECKING:
     from loraclr.adapter import Adapter
 
-ENDINGS = {"kohya": (".safetensors",), "diffusers": (".safetensors",), "peft": ("",), "edlora": (".pth", ".pt")}
+ENDINGS = {
+    "kohya": (".safetensors",),
+    "diffusers": (".safetensors",),
+    "peft": ("",),
+    "edlora": (".pth", ".pt"),
+    "embedding": (".safetensors",),
+}
 
 
 def train(
@@ -48,8 +54,8 @@ def train(
     ] = None,
     checkpoint_every: Annotated[int, typer.Option(min=1, help="Steps between checkpoints.")] = 50,
     format: Annotated[
-        Literal["kohya", "diffusers", "peft", "edlora"] | None,
-        typer.Option(help="Names and layout of the output.", show_default="edlora for .pth, else kohya"),
+        Literal["kohya", "diffusers", "peft", "edlora", "embedding"] | None,
+        typer.Option(help="Names and layout of the output.", show_default="edlora for .pth, else kohya, or embedding for a token alone"),
     ] = None,
     dtype: Annotated[Literal["fp16", "fp32"], typer.Option(help="Precision of the output.")] = "fp16",
     device: Annotated[str | None, typer.Option(help="Where to train, such as cuda or cpu.", show_default="cuda if there is one")] = None,
@@ -67,20 +73,25 @@ def train(
 
     import torch
 
-    from loraclr.formats import load_adapter, save_adapter
+    from loraclr.formats import embedding, load_adapter, save_adapter
     from loraclr.pipeline import Pipeline
     from loraclr.train import RECIPES, make_recipe, parameters
     from loraclr.train import train as run
 
     known = RECIPES.get(recipe.partition(":")[0])
     chosen = make_recipe(recipe, **parse.settings(set_, {row.name: row.type for row in parameters(known)} if known else {}))
-    if chosen.only_tokens and form != "edlora":
-        raise UsageError(f"--output {output}: recipe {chosen.name!r} makes learned tokens and no layers; end its name in .pth")
+    if chosen.only_tokens and format is None and form == "kohya":
+        form = "embedding"
+    if chosen.only_tokens != (form == "embedding") and (chosen.only_tokens, form) != (True, "edlora"):
+        made = "a learned token and no layers; leave --format out" if chosen.only_tokens else "layers; choose another --format"
+        raise UsageError(f"--format {form}: recipe {chosen.name!r} makes {made}")
     if chosen.whole_layers and form != "kohya":
         raise UsageError(f"--format {form} cannot hold whole matrices; end the output in .safetensors, or --set rank=8")
     others = [load_adapter(path) for path in beside]
     work = output.with_name(f"{output.name}.train")
     pipeline = Pipeline.load(base, device=_device(device))
+    if form == "embedding" and chosen.layerwise:
+        embedding.check_layers(len(pipeline.cross_attention_layers))
     with show.progress(quiet=json) as tell:
         adapter = run(
             pictures,
@@ -155,7 +166,7 @@ def _device(wanted: str | None) -> str:
 def _show(adapter: Adapter, written: Path, work: Path, form: str, *, json: bool) -> None:
     about = json_.loads(adapter.metadata["loraclr.training"])
     beside = written.with_name(written.name.removesuffix(".safetensors") + ".tokens.safetensors")
-    tokens = beside if adapter.tokens and form != "edlora" else None
+    tokens = beside if adapter.tokens and form not in ("edlora", "embedding") else None
     if json:
         shown = {"output": str(written), "tokens": None if tokens is None else str(tokens), "work": str(work)}
         show.as_json(shown | {"call": adapter.triggers[0]} | about)

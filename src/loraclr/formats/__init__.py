@@ -14,7 +14,7 @@ import torch
 
 from loraclr.adapter import Adapter
 from loraclr.errors import FormatError
-from loraclr.formats import comfy, diffusers, edlora, files, header, kohya, names, peft, sidecar
+from loraclr.formats import comfy, diffusers, edlora, embedding, files, header, kohya, names, peft, sidecar
 from loraclr.formats.base import FLOATS, AdapterFormat, BaseWeights, Content, PrecisionWarning, unplaced
 from loraclr.formats.report import FileReport, report
 
@@ -32,8 +32,8 @@ __all__ = [
     "save_adapter",
 ]
 
-FORMATS: tuple[AdapterFormat, ...] = (kohya, diffusers, peft, edlora, comfy)
-WRITTEN: tuple[str, ...] = tuple(one.id for one in FORMATS if one is not comfy)
+FORMATS: tuple[AdapterFormat, ...] = (kohya, diffusers, peft, edlora, comfy, embedding)
+WRITTEN: tuple[str, ...] = tuple(one.id for one in FORMATS if one not in (comfy, embedding))  # of whatever an adapter holds
 
 
 def load_adapter(path: str | Path, *, name: str | None = None, base: BaseWeights | None = None) -> Adapter:
@@ -98,6 +98,8 @@ def _load(path: Path, name: str | None, base: BaseWeights | None) -> tuple[Adapt
         content = files.read(path)
         target = _claim(content)
         adapter = target.read(content, base)
+        if embedding.NAMELESS in adapter.tokens:  # its further vectors are called _1, _2, ...
+            adapter = adapter.with_(tokens={f"<{path.stem}>{token}": rows for token, rows in adapter.tokens.items()})
         beside = {} if target.holds_tokens else sidecar.read(path)
         if twice := sorted(beside.keys() & adapter.tokens.keys()):
             raise FormatError(f"the token {twice[0]!r} is in the file and in {sidecar.path_for(path).name}; remove one of them")

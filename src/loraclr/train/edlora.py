@@ -43,6 +43,7 @@ class EdLora(Recipe):
     summary: ClassVar[str] = "ED-LoRA (Mix-of-Show): two layer-wise words and a LoRA"
     reference: ClassVar[str] = "Mix-of-Show, arXiv 2305.18292"
     presets: ClassVar[Mapping[str, Mapping[str, object]]] = MappingProxyType({"toybox": {**TOYBOX, **TOYBOX_TOKENS}})
+    layerwise: ClassVar[bool] = True
     templates: ClassVar[tuple[str, ...]] = PERSON
 
     hold: Hold = 0.0

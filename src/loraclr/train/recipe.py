@@ -62,6 +62,7 @@ class Recipe:
     reference: ClassVar[str]
     presets: ClassVar[Mapping[str, Mapping[str, object]]] = MappingProxyType({})
     only_tokens: ClassVar[bool] = False  # whether the adapter has no layers
+    layerwise: ClassVar[bool] = False  # whether a learned token has a row per cross-attention layer
     templates: ClassVar[tuple[str, ...]] = OBJECT  # for pictures without a caption; {} is the call
 
     steps: Steps = 1000

@@ -28,7 +28,6 @@ class TextualInversion(Recipe):
     reference: ClassVar[str] = "Textual Inversion, arXiv 2208.01618"
     presets: ClassVar[Mapping[str, Mapping[str, object]]] = MappingProxyType({"toybox": {**TOYBOX, "token_lr": 5e-3}})
     only_tokens: ClassVar[bool] = True
-    layerwise: ClassVar[bool] = False
 
     steps: Steps = 3000
     token_lr: TokenLr = 1e-3
