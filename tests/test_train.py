@@ -171,16 +171,23 @@ def test_an_edlora_file_has_the_released_layout(pipeline, folder, tmp_path):
     assert len(raw["text_encoder"]) == 2 * 8 and len(raw["unet"]) == 2 * 8 * LAYERS
 
 
-def test_plain_and_layerwise_adapters_merge_together(pipeline, folder):
-    names = {"lora": "ada", "edlora": "ben", "custom-diffusion": "cai", "pplus": "dee"}
-    extra = {"custom-diffusion": {"rank": 0}}  # whole matrices
-    adapters = [learn(folder, pipeline, small(name, steps=2, **extra.get(name, {})), trigger=trigger) for name, trigger in names.items()]
+def test_the_files_of_all_recipes_merge_together(pipeline, folder, tmp_path):
+    triggers = dict(zip(RECIPES, ("ada", "ben", "eva", "fay", "dee", "cai", "gus"), strict=True))
+    forms = {"edlora": "edlora", "orthogonal": "edlora", "pplus": "edlora", "textual-inversion": "embedding"}
+    extra = {"custom-diffusion": {"rank": 0}}  # whole matrices, and its token beside them
+    paths = []
+    for name, trigger in triggers.items():
+        adapter = learn(folder, pipeline, small(name, steps=2, **extra.get(name, {})), trigger=trigger)
+        form = forms.get(name, "kohya")
+        path = tmp_path / f"{trigger}{'.pth' if form == 'edlora' else '.safetensors'}"
+        paths.append(save_adapter(adapter, path, format=form, dtype=torch.float32))
+        assert load_adapter(path).call == adapter.call
     quick = Collection(fit=("a {}",), held_out=("the {}",), preserve=("a m",), steps=2)
-    merged = merge(adapters, base=pipeline, collection=quick).adapter
-    assert set(merged.layers) == set(adapters[0].layers)
-    assert set(merged.tokens) == {"<ben1>", "<ben2>", "<cai>", "<dee>"}
+    merged = merge(paths, base=pipeline, collection=quick).adapter
+    assert set(merged.layers) == set(unet_attention(pipeline)) | set(text_attention(pipeline))
+    assert set(merged.tokens) == {"<ben1>", "<ben2>", "<eva1>", "<eva2>", "<cai>", "<dee>", "<fay>"}
     with pipeline.applied(merged):
-        assert torch.isfinite(pipeline.encode(["an ada m and <ben1> <ben2> with <cai> m"])).all()
+        assert torch.isfinite(pipeline.encode(["an ada m and <ben1> <ben2> with <cai> m in gus style"])).all()
 
 
 # ---- the loop and its parts, by hand

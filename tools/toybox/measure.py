@@ -152,7 +152,7 @@ def main() -> None:
     if arguments.count:
         base, seen, prompts = base_report(pipeline, judge, arguments.count)
         report |= base
-        print(json.dumps(report, indent=1), flush=True)
+        print(json.dumps(report), flush=True)
         report["named people"] = named_identity(pipeline, judge, arguments.count // 2)
         print("named people", json.dumps(report["named people"]), flush=True)
         words = {"trigger words": list(identities())[:8], "expressions": ["smiling", "sad", "angry", "surprised"]}

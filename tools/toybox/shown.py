@@ -55,18 +55,21 @@ def looks(person: Person) -> Told:
     return {**person.identity, "expression": person.expression, "clothes_colour": person.clothes_colour}
 
 
-def shares(judge: Judge, images: Sequence[Image.Image], told: Sequence[Told]) -> Shares:
-    """The share of pictures that show each told attribute; `all` is the mean over a picture's attributes."""
+def shares(judge: Judge, images: Sequence[Image.Image], told: Sequence[Told], *, parts: int = 1) -> Shares:
+    """The share of pictures that show each told attribute; `all` is the mean over a picture's attributes.
+
+    Each run of `parts` images is of one picture, which intervals draw as one.
+    """
     read = judge.read(images)
     rows: dict[str, Sequence[Told]] = {"all": told}
     for name in dict.fromkeys(name for one in told for name in one):
         rows[name] = [{name: one[name]} if name in one else {} for one in told]
-    return {name: summary(agreement(read, row, judge.heads)) for name, row in rows.items()}
+    return {name: summary(agreement(read, row, judge.heads), parts=parts) for name, row in rows.items()}
 
 
-def summary(values: torch.Tensor) -> list[float]:
-    """Mean of (n,) values and its 95 % interval, pictures drawn anew."""
-    found = estimate(values)
+def summary(values: torch.Tensor, *, parts: int = 1) -> list[float]:
+    """Mean of (n,) values and its 95 % interval, pictures of `parts` values drawn anew."""
+    found = estimate(values, factors=[[number // parts for number in range(len(values))]])
     return [round(value, 3) for value in (found.mean, found.low, found.high)]
 
 
@@ -98,7 +101,10 @@ def pairs(judge: Judge, images: Sequence[Image.Image], scenes: Sequence[Picture]
     apart = [[name for name in a if a[name] != b[name]] for a, b in zip(own, theirs, strict=True)]
     only = lambda told: [{name: one[name] for name in names} for one, names in zip(told, apart, strict=True)]  # noqa: E731
     found = {side: shares(judge, parts[k::2], own[k::2]) for k, side in enumerate(("left", "right"))}
-    return found | {"own, where they differ": shares(judge, parts, only(own)), "the other's, there": shares(judge, parts, only(theirs))}
+    return found | {
+        "own, where they differ": shares(judge, parts, only(own), parts=2),
+        "the other's, there": shares(judge, parts, only(theirs), parts=2),
+    }
 
 
 def base_report(pipeline: Pipeline, judge: Judge, count: int) -> tuple[dict[str, object], dict[str, list[Image.Image]], list[str]]:
