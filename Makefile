@@ -13,7 +13,7 @@ help:
 	@echo "make bench   the solver against the published optimiser, every method against PEFT"
 	@echo "make docs    rewrite what is made from the code: docs/methods.md and the README's table"
 	@echo "make fuzz    12,000 damaged files through every reader"
-	@echo "make crash   kill merges at random moments and look at what is left"
+	@echo "make crash   kill merges and trainings at random moments, look at what is left, run them again"
 	@echo "make toybox  train the toybox's adapters anew and measure them: needs a trained base in build/, and hours"
 
 demo: .venv/diffusion.stamp

@@ -62,7 +62,7 @@ BASE = Base(**{ATTN: torch.linspace(-1, 1, 96).view(12, 8), KERNEL: torch.linspa
 
 
 def exotic() -> dict[str, dict[str, torch.Tensor]]:
-    """Files that are read and not written: `lycoris`, which needs BASE, `flux` and `comfy`."""
+    """Files that are read and not written: `lycoris` and `boft`, which need BASE, `flux`, `comfy`, `xlabs` and `sdxl`."""
     q, k, conv = (
         "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q",
         "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_k",
@@ -84,4 +84,11 @@ def exotic() -> dict[str, dict[str, torch.Tensor]]:
         stem = f"lora_unet_{path.replace('.', '_')}"
         flux |= {f"{stem}.lora_down.weight": rand(2, 6), f"{stem}.lora_up.weight": rand(out, 2), f"{stem}.alpha": torch.tensor(1.0)}
         comfy |= {f"diffusion_model.{path}.lora_A.weight": rand(2, 6), f"diffusion_model.{path}.lora_B.weight": rand(out, 2)}
-    return {"lycoris": lycoris, "flux": flux, "comfy": comfy}
+    xlabs = {}
+    for path, out in {"double_blocks.0.processor.qkv_lora1": 18, "single_blocks.3.processor.proj_lora": 6}.items():
+        xlabs |= {f"{path}.down.weight": rand(2, 6), f"{path}.up.weight": rand(out, 2)}
+    sdxl = {}
+    for stem in ("lora_unet_input_blocks_4_1_transformer_blocks_0_attn1_to_q", "lora_te2_text_model_encoder_layers_0_mlp_fc1"):
+        sdxl |= {f"{stem}.lora_down.weight": rand(2, 6), f"{stem}.lora_up.weight": rand(8, 2), f"{stem}.alpha": torch.tensor(1.0)}
+    boft = {f"{q}.oft_blocks": rand(2, 6, 2, 2), f"{q}.rescale": rand(12, 1), f"{q}.alpha": torch.tensor(0.1)}
+    return {"lycoris": lycoris, "flux": flux, "comfy": comfy, "xlabs": xlabs, "sdxl": sdxl, "boft": boft}

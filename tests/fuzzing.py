@@ -1,15 +1,17 @@
 """Damaged adapter files by the thousand: `python tests/fuzzing.py 10000 [--seed 0]` (`make fuzz`).
 
 Every reader is fed valid files of every format with something broken in them: bytes flipped, cut, doubled or swapped, headers and
-configurations edited, archives spliced. Each file must end in an adapter whose numbers are finite, or in one LoraclrError; within
-seconds, and without memory that only a header claims.
+configurations edited, commands put into pickles; also the learned tokens that lie beside a file. Each must end in an adapter whose
+numbers are finite, or in one LoraclrError; within seconds, without memory that only a header claims, and no command may run.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import io
 import json
+import pickletools
 import random
 import resource
 import shutil
@@ -19,6 +21,7 @@ import tempfile
 import time
 import traceback
 import warnings
+import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -28,12 +31,14 @@ from formats_samples import BASE, exotic, mixed
 
 from loraclr.adapter import Adapter
 from loraclr.errors import LoraclrError
-from loraclr.formats import FORMATS, describe, load_adapter, save_adapter
+from loraclr.formats import FORMATS, describe, load_adapter, save_adapter, sidecar
 from loraclr.formats.files import safetensors_bytes
 
 SECONDS, MEGABYTES = 5, 600  # for one file; for a whole run
 ENDINGS = {"kohya": ".safetensors", "diffusers": ".safetensors", "edlora": ".pth", "peft": ""}
 EXOTIC = ".safetensors"  # kinds and namings that are read only
+BESIDE = "tokens beside"  # a file whose sidecar is broken, not itself
+RAN = "ran"  # the file that a pickled command would make
 WORDS = ("alpha", "lora_down", "lora_up", "lora_A", "lora_B", "weight", "unet", "text", "dora_scale", "hada_w1_a", "0", "__metadata__")
 NUMBERS = (0, -1, 1, 2**31, 2**63, 2**64 - 1, 1e308, -0.5, True, None, "8", [], {}, [4, 4], [2**40, 2**40], "F8_E4M3", "I64", "BF16")
 
@@ -56,6 +61,7 @@ def seeds(folder: Path) -> dict[str, Path]:
         path = folder / f"{name}{EXOTIC}"
         path.write_bytes(safetensors_bytes(tensors, {"ss_network_module": "lycoris.kohya"}))
         found[name] = path
+    found[BESIDE] = save_adapter(mixed().with_(tokens=tokens), folder / "beside.safetensors")
     return found
 
 
@@ -127,8 +133,24 @@ def edited_header(data: bytes, rng: random.Random) -> bytes:
     return struct.pack("<Q", len(header)) + header + data[8 + size :]
 
 
+def commanded(data: bytes, rng: random.Random) -> bytes:
+    """A torch file whose pickle runs a command somewhere on its way, if it is only unpickled."""
+    out = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(data)) as old, zipfile.ZipFile(out, "w") as new:
+        for entry in old.infolist():
+            content = old.read(entry)
+            if entry.filename.endswith("data.pkl"):
+                at = rng.choice([place for opcode, _, place in pickletools.genops(content) if place and opcode.name != "PROTO"])
+                module, name = rng.choice((b"posix system", b"os system", b"builtins exec", b"torch.hub load", b"subprocess call")).split()
+                command = b"__import__('pathlib').Path('%s').touch()" if name == b"exec" else b"touch %s"
+                content = content[:at] + b"c%s\n%s\n(S%r\ntR0" % (module, name, (command % RAN.encode()).decode()) + content[at:]
+            new.writestr(entry.filename, content)
+    return out.getvalue()
+
+
 BYTES: tuple[Callable[[bytes, random.Random], bytes], ...] = (flipped, cut, moved)
 SAFETENSORS = (*BYTES, sized, edited_header, edited_header, edited_header)
+HOW = {".safetensors": SAFETENSORS, ".pth": (*BYTES, commanded)}
 
 
 def mutate(path: Path, target: Path, rng: random.Random) -> None:
@@ -141,9 +163,12 @@ def mutate(path: Path, target: Path, rng: random.Random) -> None:
         elif rng.random() < 0.05:
             victim.unlink()
         else:
-            victim.write_bytes(rng.choice(SAFETENSORS if victim.suffix == ".safetensors" else BYTES)(victim.read_bytes(), rng))
+            victim.write_bytes(rng.choice(HOW.get(victim.suffix, BYTES))(victim.read_bytes(), rng))
+    elif (beside := sidecar.path_for(path)).exists():
+        shutil.copy(path, target)
+        sidecar.path_for(target).write_bytes(rng.choice(SAFETENSORS)(beside.read_bytes(), rng))
     else:
-        target.write_bytes(rng.choice(SAFETENSORS if path.suffix == ".safetensors" else BYTES)(path.read_bytes(), rng))
+        target.write_bytes(rng.choice(HOW.get(path.suffix, BYTES))(path.read_bytes(), rng))
 
 
 def _too_long(*_: object) -> None:
@@ -189,7 +214,11 @@ def run(count: int, seed: int) -> tuple[Counter[str], list[str]]:
                 found[f"{kind}: {outcome(target)}"] += 1
             except BaseException:
                 failures.append(f"{kind}, file {number} of seed {seed}:\n{traceback.format_exc()}")
-            shutil.rmtree(target) if target.is_dir() else target.unlink(missing_ok=True)
+            for made in (target, sidecar.path_for(target)):
+                shutil.rmtree(made) if made.is_dir() else made.unlink(missing_ok=True)
+            if Path(RAN).exists():
+                Path(RAN).unlink()
+                failures.append(f"{kind}, file {number} of seed {seed}: a command in it was run")
     return found, failures
 
 

@@ -462,11 +462,11 @@ def test_generate_draws_prompts_times_seeds(call, base, files, tmp_path):
 
 
 def test_an_interrupted_picture_is_not_there(call, monkeypatch, base, tmp_path):
-    def half(picture, path):
+    def half(picture, path, **_):
         Path(path).write_bytes(b"half a picture")
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(module("generate").Generated, "save", half)
+    monkeypatch.setattr(Image.Image, "save", half)
     folder = tmp_path / "out"
     assert call("generate", "--base", base, "--prompt", "a dog", "--steps", 1, "--output", folder)[0] == 130
     assert list(folder.iterdir()) == []

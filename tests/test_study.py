@@ -238,3 +238,15 @@ def test_nobody_has_answered(folders, capsys):
     assert "nobody has answered yet" in capsys.readouterr().out
     assert main(["study", "score", str(folders)]) == 1
     assert "is not a study" in capsys.readouterr().err
+
+
+def test_an_answer_that_cannot_be_kept_is_said(folders, capsys):
+    study = make(folders)
+    client = make_app(study).test_client()
+    client.get("/")
+    (study.folder / "answers.sqlite").write_bytes(b"no database" * 100)
+    said = client.post("/answer", data={"question": study.questions[0].id, "rating": "3"})
+    assert said.status_code == 503 and "was not kept" in said.text and "answers.sqlite" in said.text
+    assert main(["study", "score", str(study.folder)]) == 1
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1 and "answers.sqlite cannot be used" in lines[0]

@@ -29,3 +29,7 @@ class PipelineError(LoraclrError):
 
 class UsageError(LoraclrError):
     """A value given by the user cannot be used: a prompt, a region, a size, a name."""
+
+
+class WriteError(LoraclrError):
+    """An output cannot be written: no space, no permission, or another run is writing it."""

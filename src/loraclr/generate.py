@@ -10,7 +10,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from loraclr import __version__
+from loraclr import __version__, disk
 from loraclr.conditioning import Box, Region
 from loraclr.errors import UsageError
 from loraclr.pipeline import GUIDANCE, STEPS, Pipeline
@@ -31,7 +31,7 @@ class Generated:
     settings: Mapping[str, object]
 
     def save(self, path: str | Path) -> Path:
-        """Write a PNG whose text chunk `loraclr` holds the settings as JSON. Raises UsageError for another suffix."""
+        """Write a PNG, whole or not at all, whose text chunk `loraclr` holds the settings as JSON. Raises UsageError for another suffix."""
         from PIL.PngImagePlugin import PngInfo
 
         target = Path(path)
@@ -39,8 +39,9 @@ class Generated:
             raise UsageError(f"{target.name!r} is not a PNG name, and only PNG keeps the settings; end it with .png")
         text = PngInfo()
         text.add_text("loraclr", json.dumps(dict(self.settings)))
-        target.parent.mkdir(parents=True, exist_ok=True)
-        self.image.save(target, format="PNG", pnginfo=text)
+        disk.make_folder(target.parent)
+        with disk.whole(target) as part:
+            self.image.save(part, format="PNG", pnginfo=text)
         return target
 
 

@@ -6,7 +6,6 @@ import dataclasses
 import hashlib
 import json
 import math
-import os
 import platform
 import time
 import warnings
@@ -18,12 +17,12 @@ from typing import Any
 
 import torch
 
-from loraclr import __version__
+from loraclr import __version__, disk
 from loraclr.adapter import Adapter, Layer, LoraLayer
 from loraclr.blocks import weighted
 from loraclr.collect import ALL_ROWS, PAPER, Collection, Concept, collect
 from loraclr.errors import MergeError, UsageError
-from loraclr.formats import load_adapter, save_adapter
+from loraclr.formats import load_adapter, save_adapter, sidecar
 from loraclr.formats.files import digest
 from loraclr.linalg import Truncation, factor, lowest_rank, truncate, truncate_aware, truncate_dense
 from loraclr.methods import make_method
@@ -117,18 +116,15 @@ class MergeResult:
         }
 
     def save(self, path: str | Path, *, format: str = "kohya", dtype: torch.dtype = torch.float16) -> Path:
-        """The adapter's file with the compact receipt in its header, and the whole receipt in PATH.json beside it."""
+        """The adapter's file with the compact receipt in its header, and the whole receipt in PATH.json beside it: all or nothing.
+
+        Errors are those of `save_adapter`.
+        """
         target = Path(path)
-        part = target.with_name(f".{target.name}.json.part")
-        try:
-            part.write_text(json.dumps(self.receipt(), indent=1, sort_keys=True, allow_nan=False) + "\n")
-            written = save_adapter(self.adapter, target, format=format, dtype=dtype, metadata=self.header())
-            os.replace(part, written.with_name(f"{written.name}.json"))
-        except OSError as error:
-            raise MergeError(f"{target}: the merge cannot be written ({error}); check the folder and the space left") from error
-        finally:
-            part.unlink(missing_ok=True)
-        return written
+        receipt = target.with_name(f"{target.name}.json")
+        with disk.reserved(target, receipt, sidecar.path_for(target)), disk.together():
+            disk.write(receipt, json.dumps(self.receipt(), indent=1, sort_keys=True, allow_nan=False) + "\n")
+            return save_adapter(self.adapter, target, format=format, dtype=dtype, metadata=self.header())
 
 
 def merge(
@@ -163,10 +159,11 @@ def merge(
     if not isinstance(method, str) and parameters:
         raise UsageError("parameters go with a method's name; a method that is already made has its own")
     sources = [
-        (adapter, None) if isinstance(adapter, Adapter) else (load_adapter(adapter, base=base), Path(adapter)) for adapter in adapters
+        (adapter, None, None) if isinstance(adapter, Adapter) else (load_adapter(adapter, base=base), Path(adapter), digest(Path(adapter)))
+        for adapter in adapters  # the digest now: the file may be another one by the end
     ]
     prompted = bool({"statistics", "sample", "predictions"} & solver.needs) or measure
-    concepts = _concepts([adapter for adapter, _ in sources], weights, calls or {}, needed=prompted)
+    concepts = _concepts([adapter for adapter, *_ in sources], weights, calls or {}, needed=prompted)
     if block_weights:
         attentions = None if base is None else base.cross_attention_layers
         concepts = [
@@ -241,12 +238,12 @@ def merge(
             {
                 "name": concept.name,
                 "file": None if path is None else path.name,
-                "sha256": None if path is None else digest(path),
+                "sha256": sha256,
                 "weight": concept.weight,
                 "block_weights": list((block_weights or {}).get(concept.name, ())) or None,
                 "call": concept.call,
             }
-            for concept, (_, path) in zip(concepts, sources, strict=True)
+            for concept, (_, path, sha256) in zip(concepts, sources, strict=True)
         ),
         tuple(receipts),
         {

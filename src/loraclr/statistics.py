@@ -11,12 +11,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from loraclr import linalg
-from loraclr.errors import FormatError
+from loraclr import disk, linalg
+from loraclr.errors import FormatError, WriteError
 
 
 @dataclass(frozen=True, eq=False)
@@ -116,7 +116,7 @@ def _sum(a: Mapping[str, Moments], b: Mapping[str, Moments]) -> dict[str, Moment
 
 
 def save_statistics(statistics: Mapping[str, LayerStats], path: str | Path) -> None:
-    """All layers' statistics into one safetensors file."""
+    """All layers' statistics into one safetensors file, whole or not at all. Raises WriteError where the system refuses."""
     tensors: dict[str, Tensor] = {}
     counts: dict[str, str] = {}
 
@@ -134,7 +134,11 @@ def save_statistics(statistics: Mapping[str, LayerStats], path: str | Path) -> N
             put(f"{name}/preserve/", stats.preserve)
         for concept, rows in stats.sample.items():
             tensors[f"{name}/sample/{concept}/rows"] = rows.contiguous()
-    save_file(tensors, str(path), metadata=counts)
+    with disk.whole(path) as part:
+        try:
+            save_file(tensors, str(part), metadata=counts)
+        except SafetensorError as error:
+            raise WriteError(f"{path}: cannot be written ({error}); make room, or give a folder that can be written to") from error
 
 
 def load_statistics(path: str | Path) -> dict[str, LayerStats]:

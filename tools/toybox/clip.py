@@ -34,7 +34,7 @@ def main() -> None:
     parser.add_argument("data", type=Path)
     parser.add_argument("vae", type=Path)
     parser.add_argument("out", type=Path)
-    parser.add_argument("--steps", type=int, default=2500)
+    parser.add_argument("--steps", type=int, default=1200)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     names = {*named_people()}

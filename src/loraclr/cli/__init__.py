@@ -11,7 +11,7 @@ from typing import Annotated, TextIO
 import typer
 
 from loraclr import __version__
-from loraclr.cli import convert, evaluate, generate, inspect, merge, methods, show, study, toybox, train
+from loraclr.cli import convert, evaluate, generate, inspect, merge, methods, parse, show, study, toybox, train
 from loraclr.errors import LoraclrError
 
 __all__ = ["app", "main"]
@@ -54,7 +54,7 @@ def _options(
 
 def main(args: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code: 0, 1 for an error that was shown, 2 for wrong usage, 130 for Ctrl-C."""
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), parse.holding():
         warnings.showwarning = _show_warning
         try:
             typer.main.get_command(app).main(args=None if args is None else list(args), prog_name="loraclr")

@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
+from loraclr import disk
 from loraclr.cli import parse, show
 from loraclr.errors import UsageError
 
@@ -38,6 +39,7 @@ def convert(
     parse.check_output(output, to, [] if to == "edlora" else [tokens], force=force)
     if output.resolve() == file.resolve():
         raise UsageError(f"--output {output} is the file to convert; give another name")
+    parse.hold(disk.reserved(output, tokens))
 
     import torch
 

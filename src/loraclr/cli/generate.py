@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from loraclr import disk
 from loraclr.cli import parse, show
 from loraclr.errors import UsageError
 
@@ -70,7 +71,7 @@ def generate(
             batch_size=batch,
             callback=lambda done, total: tell("drawing", done / total),
         )
-        output.mkdir(parents=True, exist_ok=True)
+        disk.make_folder(output)
         made = [{"file": str(_write(picture, path)), **picture.settings} for path, picture in zip(paths, pictures, strict=True)]
     if json:
         show.as_json(made)
@@ -80,12 +81,8 @@ def generate(
 
 
 def _write(picture: Generated, path: Path) -> Path:
-    """Whole or not at all, also when interrupted."""
-    part = path.with_name(f".{path.stem}.part.png")
-    try:
-        return picture.save(part).replace(path)
-    finally:
-        part.unlink(missing_ok=True)
+    with disk.reserved(path):
+        return picture.save(path)
 
 
 def _paths(folder: Path, prompts: list[str], seeds: list[int]) -> list[Path]:

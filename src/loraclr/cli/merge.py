@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 from rich.text import Text
 
+from loraclr import disk
 from loraclr.cli import parse, show
 
 if TYPE_CHECKING:
@@ -55,6 +56,7 @@ def merge(
     Example: loraclr merge rhea.safetensors theo.safetensors --base toy/base --output both.safetensors
     """
     parse.check_output(output, format, _companions(output), force=force)
+    parse.hold(disk.reserved(output, *_companions(output)))
     names = [parse.adapter_name(path) for path in files]
     weights = parse.weights(weight, names)
     blocks = parse.block_weights(block_weights)

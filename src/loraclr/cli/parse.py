@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any, get_origin
 
@@ -12,6 +14,9 @@ from loraclr.errors import UsageError
 
 # How the name of an output ends; repeated from the formats, which are not imported to parse a command line.
 ENDINGS = {"kohya": (".safetensors",), "diffusers": (".safetensors",), "peft": ("",), "edlora": (".pth", ".pt")}
+
+
+_held: ContextVar[ExitStack] = ContextVar("held")
 
 
 def pair(text: str, what: str) -> tuple[str, str]:
@@ -138,9 +143,27 @@ def check_output(output: Path, format: str, beside: Sequence[Path], *, force: bo
         raise UsageError(f"--output {output}: format {format} is {made}")
     if not output.parent.is_dir():
         raise UsageError(f"--output {output}: there is no folder {output.parent}; make it first")
+    if output.exists() and output.is_dir() != (endings == ("",)):
+        raise UsageError(f"--output {output}: {output.name} is a {'folder' if output.is_dir() else 'file'}; give another name")
     taken = [path.name for path in (output, *beside) if path.exists()]
     if taken and not force:
         raise UsageError(f"--output {output}: {', '.join(taken)} exists already; give another name, or --force to replace")
+
+
+def hold(resource: AbstractContextManager[object]) -> None:
+    """Enters what is to last until the command ends: the reservation of its output."""
+    _held.get().enter_context(resource)
+
+
+@contextmanager
+def holding() -> Iterator[None]:
+    """Around a command: leaves at its end what it holds."""
+    with ExitStack() as stack:
+        token = _held.set(stack)
+        try:
+            yield
+        finally:
+            _held.reset(token)
 
 
 def adapter_name(path: Path) -> str:

@@ -7,7 +7,8 @@ from typing import Annotated, Literal
 
 import typer
 
-from loraclr.cli import show
+from loraclr import disk
+from loraclr.cli import parse, show
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
@@ -40,6 +41,8 @@ def demo(
     json: AsJson = False,
 ) -> None:
     """Merge the toybox's adapters and show that it worked: offline, without a GPU, in minutes."""
+    parse.hold(disk.folder(output))
+
     from loraclr.toybox.demo import run_demo
 
     made = run_demo(output, console=show.err if json else show.out)

@@ -8,20 +8,13 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from loraclr import disk
 from loraclr.cli import parse, show
 from loraclr.cli.methods import present, record
 from loraclr.errors import UsageError
 
 if TYPE_CHECKING:
     from loraclr.adapter import Adapter
-
-ENDINGS = {
-    "kohya": (".safetensors",),
-    "diffusers": (".safetensors",),
-    "peft": ("",),
-    "edlora": (".pth", ".pt"),
-    "embedding": (".safetensors",),
-}
 
 
 def train(
@@ -68,8 +61,9 @@ def train(
     Loss curve, sample pictures and the checkpoint appear in FILE.train/.
     Example: loraclr train references/rhea --base toy/base --recipe edlora:toybox --trigger rhea --class woman --output rhea.pth
     """
-    form = format or ("edlora" if output.suffix in ENDINGS["edlora"] else "kohya")
-    _check_output(output, form, force=force)
+    form = format or ("edlora" if output.suffix in parse.ENDINGS["edlora"] else "kohya")
+    parse.check_output(output, "kohya" if form == "embedding" else form, [], force=force)  # which end alike
+    parse.hold(disk.reserved(output, _tokens(output)))
 
     import torch
 
@@ -139,17 +133,6 @@ def recipes(
     present(chosen[0], described=True)
 
 
-def _check_output(output: Path, form: str, *, force: bool) -> None:
-    """Everything that would make the writing fail, said before any work."""
-    if output.suffix not in ENDINGS[form]:
-        made = "a folder: leave the ending off" if form == "peft" else f"a file: end its name in {' or '.join(ENDINGS[form])}"
-        raise UsageError(f"--output {output}: format {form} is {made}")
-    if not output.parent.is_dir():
-        raise UsageError(f"--output {output}: there is no folder {output.parent}; make it first")
-    if output.exists() and not force:
-        raise UsageError(f"--output {output}: {output.name} exists already; give another name, or --force to replace")
-
-
 def _device(wanted: str | None) -> str:
     import torch
 
@@ -163,10 +146,14 @@ def _device(wanted: str | None) -> str:
     return wanted
 
 
+def _tokens(output: Path) -> Path:
+    """Where learned tokens go that the format does not hold."""
+    return output.with_name(output.name.removesuffix(".safetensors") + ".tokens.safetensors")
+
+
 def _show(adapter: Adapter, written: Path, work: Path, form: str, *, json: bool) -> None:
     about = json_.loads(adapter.metadata["loraclr.training"])
-    beside = written.with_name(written.name.removesuffix(".safetensors") + ".tokens.safetensors")
-    tokens = beside if adapter.tokens and form not in ("edlora", "embedding") else None
+    tokens = _tokens(written) if adapter.tokens and form not in ("edlora", "embedding") else None
     if json:
         shown = {"output": str(written), "tokens": None if tokens is None else str(tokens), "work": str(work)}
         show.as_json(shown | {"call": adapter.triggers[0]} | about)

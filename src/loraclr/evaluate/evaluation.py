@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
+from loraclr import disk
 from loraclr.errors import UsageError
 from loraclr.evaluate.intervals import Estimate, estimate, paired
 
@@ -113,13 +113,8 @@ class Evaluation:
     def save(self, path: str | Path) -> Path:
         """Whole or not at all."""
         target = Path(path)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        part = target.with_name(f".{target.name}.part")
-        try:
-            part.write_text(json.dumps(self.report(), indent=1, allow_nan=False) + "\n")
-            os.replace(part, target)
-        finally:
-            part.unlink(missing_ok=True)
+        disk.make_folder(target.parent)
+        disk.write(target, json.dumps(self.report(), indent=1, allow_nan=False) + "\n")
         return target
 
 

@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from loraclr import __version__
+from loraclr import __version__, disk
 from loraclr.adapter import Adapter, LoraLayer
 from loraclr.errors import UsageError
 from loraclr.evaluate.evaluation import Evaluation
@@ -65,7 +65,8 @@ def evaluate(
     The control `base` has no adapter and the class noun in place of the call; `references` is how the judges rate each reference
     picture against the others of its concept, which is about the best that generated pictures can reach. `prompts` hold one {} or
     <TOK> each for the concept's words. Pictures go to OUTPUT/pictures/LABEL/CONCEPT/, the result to OUTPUT/evaluation.json. Without
-    a face judge there is no identity. Raises UsageError with everything that is wrong with the arguments before anything is drawn.
+    a face judge there is no identity. Raises UsageError with everything that is wrong with the arguments before anything is drawn, and
+    WriteError where another trial is at work in OUTPUT.
     """
     templates = [template(prompt) for prompt in prompts]
     wanted = {label: variant if isinstance(variant, Variant) else Variant(variant) for label, variant in variants.items()}
@@ -87,29 +88,34 @@ def evaluate(
     judges = Judges(judge, face, subjects, templates)
     jobs = [(number, seed) for number in range(len(templates)) for seed in seeds]
     drawn, rows = 0, [judges.references(REFERENCES)]
+    shown = root / "pictures"
     labels: list[tuple[str, Variant | None]] = [(BASE, None), *wanted.items()]
     unlike = {id(adapter): adapter for variant in wanted.values() for adapter in map(variant.of, (one.name for one in subjects))}
+    for each in unlike.values():
+        with pipeline.applied(each):
+            pass  # one that does not fit the base is an error before anything is drawn
     digests = {number: _digest(adapter) for number, adapter in unlike.items()}
-    for label, variant in labels:
-        paths: list[Path] = []
-        for index, subject in enumerate(subjects):
-            adapter = None if variant is None else variant.of(subject.name)
-            scale = 1.0 if variant is None else variant.scale
-            words = subject.noun if variant is None else subject.call
-            made_by = settings | ({} if adapter is None else {"adapter": digests[id(adapter)], "scale": scale})
-            pictures = [
-                _Picture(prompt, seed, _key(made_by, prompt, seed), root / "pictures" / label / subject.name / f"{number:02d}-{seed}.png")
-                for number, prompt in enumerate((fill(text, words) for text in templates), start=1)
-                for seed in seeds
-            ]
-            missing = [picture for picture in pictures if not picture.there()]
-            with pipeline.applied(adapter, scale=scale) if adapter is not None and missing else nullcontext():
-                for picture in _drawn(missing, draw):
-                    drawn += 1
-                    tell(f"drawing {label}", (index + pictures.index(picture) / len(pictures)) / len(subjects))
-            paths += [picture.path for picture in pictures]
-        tell(f"drawing {label}", 1.0)
-        rows.append(judges.row(label, paths, jobs, output=root, tell=tell))
+    with disk.folder(root):
+        for label, variant in labels:
+            paths: list[Path] = []
+            for index, subject in enumerate(subjects):
+                adapter = None if variant is None else variant.of(subject.name)
+                scale = 1.0 if variant is None else variant.scale
+                words = subject.noun if variant is None else subject.call
+                made_by = settings | ({} if adapter is None else {"adapter": digests[id(adapter)], "scale": scale})
+                pictures = [
+                    _Picture(prompt, seed, _key(made_by, prompt, seed), shown / label / subject.name / f"{number:02d}-{seed}.png")
+                    for number, prompt in enumerate((fill(text, words) for text in templates), start=1)
+                    for seed in seeds
+                ]
+                missing = [picture for picture in pictures if not picture.there()]
+                with pipeline.applied(adapter, scale=scale) if adapter is not None and missing else nullcontext():
+                    for picture in _drawn(missing, draw):
+                        drawn += 1
+                        tell(f"drawing {label}", (index + pictures.index(picture) / len(pictures)) / len(subjects))
+                paths += [picture.path for picture in pictures]
+            tell(f"drawing {label}", 1.0)
+            rows.append(judges.row(label, paths, jobs, output=root, tell=tell))
     result = Evaluation(
         tuple(rows),
         {
@@ -182,12 +188,7 @@ class _Picture:
         return bool(stated == self.key)
 
     def keep(self, made: Generated) -> None:
-        """Whole or not at all, also when interrupted."""
-        part = self.path.with_name(f".{self.path.stem}.part.png")
-        try:
-            replace(made, settings={**made.settings, "evaluation": self.key}).save(part).replace(self.path)
-        finally:
-            part.unlink(missing_ok=True)
+        replace(made, settings={**made.settings, "evaluation": self.key}).save(self.path)
 
 
 def _drawn(pictures: Sequence[_Picture], draw: Callable[..., Iterator[Generated]]) -> Iterator[_Picture]:

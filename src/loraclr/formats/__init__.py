@@ -6,12 +6,12 @@ A new format is one module with the members of `AdapterFormat`, and its name in 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import nullcontext
 from difflib import get_close_matches
 from pathlib import Path
 
 import torch
 
+from loraclr import disk
 from loraclr.adapter import Adapter
 from loraclr.errors import FormatError
 from loraclr.formats import comfy, diffusers, edlora, embedding, files, header, kohya, names, peft, sidecar
@@ -57,8 +57,9 @@ def save_adapter(
     """Writes `adapter` so that every loader of `format` applies it at full strength; returns the path.
 
     The file appears whole or not at all, and equal adapters make equal bytes. Learned tokens go to `NAME.tokens.safetensors`
-    unless the format holds them. Raises FormatError for what the format cannot hold and for values that overflow `dtype`;
-    warns with PrecisionWarning when some layer loses more than 1e-3 of its norm.
+    unless the format holds them, both or neither. Raises FormatError for what the format cannot hold and for values that overflow
+    `dtype`, WriteError where the system refuses or another run is writing the same file; warns with PrecisionWarning when some layer
+    loses more than 1e-3 of its norm.
     """
     path, target = Path(path), _by_id(format)
     with files.about(path):
@@ -73,7 +74,9 @@ def save_adapter(
             raise FormatError("the adapter has no layers, so there is nothing to write; check what was merged")
         content = target.write(adapter, dtype)
         content = Content(content.tensors, header.outgoing(adapter, metadata or {}) | dict(content.metadata))
-        with nullcontext() if target.holds_tokens else sidecar.written(adapter.tokens, path):
+        with disk.reserved(path, sidecar.path_for(path)), disk.together():
+            if not target.holds_tokens:
+                sidecar.write(adapter.tokens, path)
             files.write(content, path, target.storage)
     return path
 

@@ -5,9 +5,6 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import os
-import shutil
-import tempfile
 import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -19,6 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from loraclr import disk
 from loraclr.errors import FormatError
 from loraclr.formats.base import FLOATS, Content, Storage
 from loraclr.formats.names import COMPONENTS
@@ -82,12 +80,15 @@ def digest(path: Path) -> str:
 
 
 def write(content: Content, path: Path, storage: Storage) -> None:
-    """Puts `content` at `path` in one step: whoever looks sees the old file or the whole new one. Equal content, equal bytes."""
+    """Puts `content` at `path` in one step: whoever looks sees the old file or the whole new one. Equal content, equal bytes.
+
+    Raises FormatError for a folder that holds more than one PEFT adapter, and WriteError for what the system refuses.
+    """
     if storage == "folder":
         _write_folder(content, path)
     else:
         data = _torch_bytes(content) if storage == "torch" else safetensors_bytes(content.tensors, content.metadata)
-        _write_file(data, path)
+        disk.write(path, data)
 
 
 def safetensors_bytes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
@@ -187,20 +188,6 @@ def _torch_bytes(content: Content) -> bytes:
     return buffer.getvalue()
 
 
-def _write_file(data: bytes, path: Path) -> None:
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-
-
 def _holds_only_peft(folder: Path) -> bool:
     """Nothing but what this writer makes: replacing it loses nothing else."""
     known = {CONFIG, WEIGHTS, "README.md"}
@@ -213,35 +200,13 @@ def _holds_only_peft(folder: Path) -> bool:
 def _write_folder(content: Content, path: Path) -> None:
     if path.exists() and not (path.is_dir() and _holds_only_peft(path)):
         raise FormatError("exists and holds more than one PEFT adapter; choose another name, nothing of it is replaced")
-    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
-    try:
-        shared = {key: value for key, value in content.metadata.items() if not key.endswith(CONFIG)}
+    shared = {key: value for key, value in content.metadata.items() if not key.endswith(CONFIG)}
+    with disk.whole(path) as part:
+        part.mkdir()
         for key, text in content.metadata.items():
             if key.endswith(CONFIG):
                 folder = key.removesuffix(CONFIG)
-                (temporary / folder).mkdir(exist_ok=True)
+                (part / folder).mkdir(exist_ok=True)
                 mine = {name.removeprefix(folder): tensor for name, tensor in content.tensors.items() if name.startswith(folder)}
-                _write_file(text.encode() + b"\n", temporary / key)
-                _write_file(safetensors_bytes(mine, shared), temporary / folder / WEIGHTS)
-        os.chmod(temporary, 0o777 & ~_umask())
-        if path.exists():
-            old = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
-            os.replace(path, old / "old")
-            try:
-                os.replace(temporary, path)
-            except BaseException:
-                os.replace(old / "old", path)
-                raise
-            finally:
-                shutil.rmtree(old, ignore_errors=True)
-        else:
-            os.replace(temporary, path)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+                (part / key).write_bytes(text.encode() + b"\n")
+                (part / folder / WEIGHTS).write_bytes(safetensors_bytes(mine, shared))

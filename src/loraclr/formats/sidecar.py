@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 
 from torch import Tensor
 
+from loraclr import disk
 from loraclr.errors import FormatError
 from loraclr.formats import files
 from loraclr.formats.base import Content
@@ -36,18 +36,9 @@ def read(path: Path) -> dict[str, Tensor]:
     return dict(content.tensors)
 
 
-@contextmanager
-def written(tokens: Mapping[str, Tensor], path: Path) -> Iterator[None]:
-    """Around the writing of `path`: its tokens are there before it is, and an earlier adapter's tokens are gone after it."""
-    beside = path_for(path)
-    fresh = not beside.exists()
+def write(tokens: Mapping[str, Tensor], path: Path) -> None:
+    """The tokens of the adapter at `path`; without any, an earlier adapter's go."""
     if tokens:
-        files.write(Content({token: rows.float() for token, rows in tokens.items()}, _ABOUT), beside, "file")
-    try:
-        yield
-    except BaseException:
-        if tokens and fresh:
-            beside.unlink(missing_ok=True)
-        raise
-    if not tokens and read(path):
-        beside.unlink()
+        files.write(Content({token: rows.float() for token, rows in tokens.items()}, _ABOUT), path_for(path), "file")
+    elif read(path):
+        disk.remove(path_for(path))

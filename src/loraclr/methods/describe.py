@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from loraclr import disk
 from loraclr.errors import UsageError
 from loraclr.methods import METHODS, NEEDS
 from loraclr.methods.options import Parameter, parameters
@@ -60,8 +61,9 @@ def write(root: Path) -> list[Path]:
     _, closed, after = rest.partition(MARKS[1])
     if not (opened and closed and target.parent.is_dir()):
         raise UsageError(f"{root} is not this package's source: it needs docs/ and a README.md with {MARKS[0].strip()!r} and its end mark")
-    readme.write_text(before + opened + table() + closed + after)
-    target.write_text(page())
+    with disk.together():
+        disk.write(readme, before + opened + table() + closed + after)
+        disk.write(target, page())
     return [target, readme]
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from PIL import Image
 
+from loraclr import disk
 from loraclr.errors import UsageError
 from loraclr.pipeline import Pipeline
 from loraclr.toybox.clip import ToyClip
@@ -85,17 +86,22 @@ class Toybox:
         return [strip.crop((x, 0, x + SIDE, SIDE)) for x in range(0, strip.width, SIDE)]
 
     def export(self, folder: Path, split: str = "development") -> Path:
-        """Write `base/`, `loras/` and `references/NAME/` into a new or empty folder."""
+        """Write `base/`, `loras/` and `references/NAME/` into a new or empty folder, all of them or nothing."""
         paths = self.adapter_paths(split)
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise UsageError(f"{folder} exists and is not an empty folder; give another one")
-        shutil.copytree(self.base_path, folder / "base")
-        (folder / "loras").mkdir()
-        for name, path in paths.items():
-            shutil.copy(path, folder / "loras" / path.name)
-            (folder / "references" / name).mkdir(parents=True)
-            for index, image in enumerate(self.references(name)):
-                image.save(folder / "references" / name / f"{index:02d}.png")
+        disk.make_folder(folder.parent)
+        with disk.reserved(folder), disk.whole(folder) as part:
+            for file in filter(Path.is_file, sorted(self.base_path.rglob("*"))):  # copytree hides what the system said
+                target = part / "base" / file.relative_to(self.base_path)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy(file, target)
+            (part / "loras").mkdir()
+            for name, path in paths.items():
+                shutil.copy(path, part / "loras" / path.name)
+                (part / "references" / name).mkdir(parents=True)
+                for index, image in enumerate(self.references(name)):
+                    image.save(part / "references" / name / f"{index:02d}.png")
         return folder
 
 

@@ -13,6 +13,7 @@ from PIL.Image import Image
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
+from loraclr import disk
 from loraclr.adapter import Adapter
 from loraclr.conditioning import Region
 from loraclr.formats import load_adapter
@@ -104,7 +105,7 @@ def run_demo(output: Path, *, split: str = "test", console: Console | None = Non
     """
     console = console or Console()
     began = time.perf_counter()
-    output.mkdir(parents=True, exist_ok=True)
+    disk.make_folder(output)
     box = open_toybox()
     paths = box.adapter_paths(split)
     columns = (TextColumn("{task.description:<34}"), BarColumn(), TextColumn("{task.percentage:>3.0f} %"), TimeElapsedColumn())
@@ -125,7 +126,9 @@ def run_demo(output: Path, *, split: str = "test", console: Console | None = Non
 
         first = next(iter(adapters))
         with studio.pipeline.applied(adapters[first]):
-            studio.sample([f"a photo of a {calls[first]}"], [SEED])[0].resize((256, 256)).save(output / "first.png")
+            picture = studio.sample([f"a photo of a {calls[first]}"], [SEED])[0].resize((256, 256))
+        with disk.whole(output / "first.png") as part:
+            picture.save(part)
         console.print(f"first picture after {time.perf_counter() - began:.0f} s: {output / 'first.png'}")
 
         merges: dict[str, MergeResult] = {}

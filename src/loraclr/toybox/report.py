@@ -12,6 +12,7 @@ from string import Template
 
 from PIL.Image import Image, Resampling
 
+from loraclr import disk
 from loraclr.evaluate import interval
 from loraclr.merge import MergeResult
 from loraclr.toybox.score import Scores
@@ -54,7 +55,8 @@ def write_report(report: Report, path: Path) -> Path:
     for label, images in report.scenes.items():
         scenes += f"<b>{_title(label)}</b>" + "".join(f"<figure>{_img(image, 3)}</figure>" for image in images)
     page = Template((Path(__file__).parent / "page.html").read_text())
-    path.write_text(
+    disk.write(
+        path,
         page.substitute(
             count=len(report.names),
             file=report.merged_file.name,
@@ -73,7 +75,7 @@ def write_report(report: Report, path: Path) -> Path:
             stages=_stages(ours),
             timing=_timing(report),
             usage=html.escape(_usage(report)),
-        )
+        ),
     )
     return path
 

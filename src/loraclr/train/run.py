@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -53,7 +54,8 @@ def train(
     the result is that of an unbroken run to the last bit. `sample_every` steps a sheet of samples is drawn (default: four times in
     all; 0: none). `base` is given back as it was.
 
-    Raises UsageError with everything that is wrong before any work, and TrainError if the training diverges or `work` is another's.
+    Raises UsageError with everything that is wrong before any work, TrainError if the training diverges or `work` is another's, and
+    WriteError if another training is at work there.
     """
     recipe = make_recipe(recipe) if isinstance(recipe, str) else recipe
     tell = progress or (lambda what, share: None)
@@ -73,9 +75,7 @@ def train(
         "base": _mark(base),
     }
     work_folder = None if work is None else WorkFolder(Path(work))
-    if work_folder and restart:
-        work_folder.forget()
-    if work_folder:
+    if work_folder and not restart:
         work_folder.resume(settings)  # another training's folder is an error before any work
     generator = torch.Generator().manual_seed(seed)
     prompts = templates or recipe.templates
@@ -93,7 +93,10 @@ def train(
 
     every = 0 if work is None else max(1, recipe.steps // 4) if sample_every is None else sample_every
     watch = recipe.watches and own.masks is not None
-    with Student(base, generator=generator, bf16=recipe.bf16, watch=watch) as student:
+    with (
+        nullcontext() if work_folder is None else work_folder.alone(anew=restart),
+        Student(base, generator=generator, bf16=recipe.bf16, watch=watch) as student,
+    ):
         recipe.attach(student, words)
         if beside:
             warn_of_shared_rows(Adapter.of(student.layers(), name or trigger), beside)

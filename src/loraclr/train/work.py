@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import io
 import json
-import os
-import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from loraclr import disk
 from loraclr.errors import TrainError
 
 if TYPE_CHECKING:
@@ -42,11 +43,17 @@ class WorkFolder:
         return saved
 
     def checkpoint(self, state: Mapping[str, Any], settings: Mapping[str, object]) -> None:
-        self._write(self._checkpoint, lambda path: torch.save({**state, "settings": json.dumps(settings)}, path))
+        buffer = io.BytesIO()  # for torch calls a full disk a RuntimeError
+        torch.save({**state, "settings": json.dumps(settings)}, buffer)
+        self._write(self._checkpoint, lambda path: path.write_bytes(buffer.getbuffer()))
 
-    def forget(self) -> None:
-        """Removes the checkpoint: the training is over, or to begin anew."""
-        self._checkpoint.unlink(missing_ok=True)
+    @contextmanager
+    def alone(self, *, anew: bool = False) -> Iterator[None]:
+        """One training at a time; with `anew` it begins at its first step. Raises WriteError where another one is at work."""
+        with disk.folder(self.path):
+            if anew:
+                self._checkpoint.unlink(missing_ok=True)
+            yield
 
     def curve(self, losses: Sequence[float]) -> None:
         """`loss.csv` with every step, and `loss.png` with every step in grey and their running mean in blue."""
@@ -65,17 +72,10 @@ class WorkFolder:
     def picture(self, path: Path, image: Image) -> None:
         self._write(path, image.save)
 
-    def _write(self, path: Path, write: Any) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=".part-", suffix=path.suffix, dir=path.parent)
-        os.close(handle)
-        try:
-            write(Path(name))
-            with open(name, "rb") as file:
-                os.fsync(file.fileno())
-            os.replace(name, path)
-        finally:
-            Path(name).unlink(missing_ok=True)
+    def _write(self, path: Path, write: Callable[[Path], object]) -> None:
+        disk.make_folder(path.parent)
+        with disk.whole(path) as part:
+            write(part)
 
 
 def draw_curve(losses: Sequence[float]) -> Image:

@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from loraclr.errors import UsageError
+from loraclr.errors import UsageError, WriteError
 from loraclr.web.study import SCALE, Study, new_rater
 
 if TYPE_CHECKING:
@@ -70,6 +70,8 @@ def make_app(study: Study) -> Flask:
             study.answer(who, request.form.get("question", ""), int(request.form.get("rating", "0")))
         except (UsageError, ValueError) as error:
             abort(400, str(error))
+        except WriteError as error:
+            abort(503, f"The answer was not kept: {error}")
         return redirect("/", 303)
 
     @app.get("/pictures/<name>")

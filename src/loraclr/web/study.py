@@ -7,20 +7,19 @@ The protocol is that of the LoRACLR paper's user study (arXiv 2412.09622, sectio
 from __future__ import annotations
 
 import json
-import os
 import random
 import secrets
-import shutil
 import sqlite3
-from collections.abc import Mapping, Sequence
-from contextlib import closing
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from loraclr.errors import UsageError
+from loraclr import disk
+from loraclr.errors import UsageError, WriteError
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 SCALE = (1, 2, 3, 4, 5)
@@ -77,17 +76,24 @@ class Study:
         random.Random(f"{rater}/{len(questions)}").shuffle(questions)
         return questions
 
-    def database(self) -> sqlite3.Connection:
-        """Every answer is committed to disk before the next question is shown."""
-        connection = sqlite3.connect(self.folder / "answers.sqlite", timeout=30)
-        connection.execute("PRAGMA journal_mode=WAL")
-        connection.execute("PRAGMA synchronous=FULL")
-        connection.execute(
-            "CREATE TABLE IF NOT EXISTS answers (rater TEXT, question TEXT, rating INTEGER NOT NULL CHECK (rating BETWEEN 1 AND 5), "
-            "at TEXT NOT NULL DEFAULT CURRENT_TIMESTAMP, PRIMARY KEY (rater, question))"
-        )
-        connection.commit()
-        return connection
+    @contextmanager
+    def database(self) -> Iterator[sqlite3.Connection]:
+        """Every answer is committed to disk before the next question is shown. Raises WriteError where it cannot be."""
+        try:
+            with closing(sqlite3.connect(self.folder / "answers.sqlite", timeout=30)) as connection:
+                connection.execute("PRAGMA journal_mode=WAL")
+                connection.execute("PRAGMA synchronous=FULL")
+                connection.execute(
+                    "CREATE TABLE IF NOT EXISTS answers "
+                    "(rater TEXT, question TEXT, rating INTEGER NOT NULL CHECK (rating BETWEEN 1 AND 5), "
+                    "at TEXT NOT NULL DEFAULT CURRENT_TIMESTAMP, PRIMARY KEY (rater, question))"
+                )
+                connection.commit()
+                yield connection
+        except sqlite3.Error as error:
+            raise WriteError(
+                f"{self.folder / 'answers.sqlite'} cannot be used ({error}); look at the room on its disk and your rights"
+            ) from error
 
     def answer(self, rater: str, question: str, rating: int) -> None:
         """The last answer of a rater to a question counts. Raises UsageError for a question or rating that does not exist."""
@@ -95,7 +101,7 @@ class Study:
             raise UsageError(f"no question {question!r} in this study")
         if rating not in SCALE:
             raise UsageError(f"a rating is 1 to 5, not {rating}")
-        with closing(self.database()) as connection, connection:
+        with self.database() as connection, connection:
             connection.execute(
                 "INSERT INTO answers (rater, question, rating) VALUES (?, ?, ?) "
                 "ON CONFLICT (rater, question) DO UPDATE SET rating = excluded.rating, at = CURRENT_TIMESTAMP",
@@ -104,12 +110,12 @@ class Study:
 
     def answered(self, rater: str) -> dict[str, int]:
         """Question id -> rating."""
-        with closing(self.database()) as connection:
+        with self.database() as connection:
             return dict(connection.execute("SELECT question, rating FROM answers WHERE rater = ?", (rater,)))
 
     def answers(self) -> list[tuple[str, str, int]]:
         """(rater, question id, rating) of everybody."""
-        with closing(self.database()) as connection:
+        with self.database() as connection:
             rows = connection.execute("SELECT rater, question, rating FROM answers ORDER BY rater, question").fetchall()
         return [row for row in rows if row[1] in self.by_id]
 
@@ -146,10 +152,8 @@ def create(
         raise UsageError(f"no references for {', '.join(lacking)}; put their pictures into {references}/CONCEPT")
     rng = random.Random(seed)
     chosen = _in_turn(items, max(1, questions // len(methods)), rng)
-    part = folder.with_name(f".{folder.name}.part")
-    shutil.rmtree(part, ignore_errors=True)
-    (part / "pictures").mkdir(parents=True)
-    try:
+    with disk.reserved(folder), disk.whole(folder) as part:
+        (part / "pictures").mkdir(parents=True)
         told: dict[str, tuple[str, ...]] = {}
         for concept in dict.fromkeys(concept for concept, _ in chosen):
             told[concept] = tuple(_copy(path, part, rng) for path in sorted(known[concept].values())[:4])
@@ -160,11 +164,6 @@ def create(
         ]
         described = {"title": title, "note": note, "questions": [asdict(question) for question in asked]}
         (part / "study.json").write_text(json.dumps(described, indent=1) + "\n")
-        if folder.exists():
-            folder.rmdir()
-        os.replace(part, folder)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
     return Study(folder)
 
 
@@ -251,9 +250,9 @@ def _copy(path: Path, folder: Path, rng: random.Random) -> str:
     try:
         with Image.open(path) as image:
             plain = image.convert("RGB")
-            Image.frombytes("RGB", plain.size, plain.tobytes()).save(folder / "pictures" / name)
     except (UnidentifiedImageError, OSError) as error:
         raise UsageError(f"{path} is not a picture that can be read ({error})") from error
+    Image.frombytes("RGB", plain.size, plain.tobytes()).save(folder / "pictures" / name)
     return name
 
 
