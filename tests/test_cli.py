@@ -25,6 +25,7 @@ from loraclr.cli import toybox as toybox_command
 from loraclr.errors import MergeError, UsageError
 from loraclr.formats import FORMATS, WRITTEN, load_adapter, save_adapter
 from loraclr.formats.files import SUFFIXES, safetensors_bytes
+from loraclr.fuse import Layout
 from loraclr.methods import METHODS, describe, make_method, parameters
 from loraclr.pipeline import Pipeline
 from loraclr.toybox import SPLITS
@@ -84,7 +85,7 @@ def module(name: str):
 
 def test_help_names_every_command_and_every_option(call):
     code, out, _ = call("--help")
-    listed = ("inspect", "merge", "convert", "generate", "evaluate", "methods", "demo", "toybox")
+    listed = ("inspect", "merge", "verify", "convert", "generate", "evaluate", "methods", "demo", "toybox")
     assert code == 0 and all(word in out for word in (*listed, "loraclr demo"))
     commands = {"merge": merge_command.merge, "generate": generate_command.generate, "convert": convert_command.convert}
     for command, function in commands.items():
@@ -124,8 +125,8 @@ def test_defaults_are_those_of_the_library():
 
 
 def test_choices_are_those_of_the_library():
-    assert get_args(get_type_hints(merge_command.merge)["format"]) == get_args(get_type_hints(convert_command.convert)["to"]) == WRITTEN
-    assert tuple(parse.ENDINGS) == WRITTEN
+    assert get_args(get_type_hints(merge_command.merge)["format"]) == tuple(id for id in WRITTEN if id != "embedding")
+    assert get_args(get_type_hints(convert_command.convert)["to"]) == tuple(parse.ENDINGS) == (*WRITTEN, *get_args(Layout))
     assert all(parse.ENDINGS[one.id] == SUFFIXES[one.storage] for one in FORMATS if one.id in WRITTEN)
     assert get_args(get_type_hints(toybox_command.export)["split"]) == SPLITS
 
@@ -257,7 +258,9 @@ def test_inspect_shows_what_files_are(call, files):
     for word in ("kohya", "diffusers", "peft", "2 text_encoder, 7 unet", "ada woman", "<ben> (10 embeddings, one per layer)", "rank 3"):
         assert word in out
     code, out, _ = call("inspect", *files, "--json")
-    reports = json.loads(out)
+    said = json.loads(out)
+    reports, before = said["files"], said["merge"]
+    assert before["verdict"] == "merge" and [one["check"] for one in before["findings"]] == ["layers"]
     assert [report["format"] for report in reports] == ["kohya", "diffusers", "peft"]
     assert reports[0]["layers"] == {"text_encoder": 2, "unet": 7} and reports[1]["tokens"] == {"<ben>": [10, 32]}
     assert reports[0]["path"] == str(files[0]) and len(reports[0]["sha256"]) == 64
@@ -270,7 +273,7 @@ def test_inspect_goes_on_after_a_bad_file(call, files, tmp_path):
     assert code == 1 and "kohya" in out
     assert [line.split(":")[0] for line in err.splitlines()] == ["error", "error"] and "bad.safetensors" in err
     code, out, _ = call("inspect", bad, files[0], "--json")
-    assert code == 1 and len(json.loads(out)) == 1
+    assert code == 1 and len(json.loads(out)["files"]) == 1
 
 
 # --- merge
@@ -318,12 +321,13 @@ def test_merge_with_a_base_shows_a_receipt_of_the_stages(call, model, base, tmp_
 
 
 @pytest.mark.parametrize(
-    ("format", "name"), [("kohya", "m.safetensors"), ("diffusers", "m.safetensors"), ("peft", "m"), ("edlora", "m.pth")]
+    ("format", "name"),
+    [("kohya", "m.safetensors"), ("diffusers", "m.safetensors"), ("peft", "m"), ("edlora", "m.pth"), ("diff", "m.safetensors")],
 )
 def test_merge_writes_every_format(call, files, tmp_path, format, name):
     code, out, _ = call("merge", files[0], "--method", "average", "--format", format, "--output", tmp_path / name, "--json")
     assert code == 0 and json.loads(out)["output"] == str(tmp_path / name)
-    assert loraclr.describe(tmp_path / name).format == format
+    assert loraclr.describe(tmp_path / name).format == ("kohya" if format == "diff" else format)
 
 
 def test_merge_refuses_before_any_work(call, monkeypatch, files, tmp_path):
@@ -437,6 +441,49 @@ def test_merge_and_generate_read_what_needs_the_base(call, base, model, tmp_path
     assert call(*words, "--base", base)[0] == 0
     picture = ("generate", "--base", base, "--prompt", "ada", "--output", tmp_path, "--steps", 1, "--lora", tmp_path / "a.safetensors")
     assert call(*picture)[0] == 0
+
+
+def test_convert_makes_models_with_the_base(call, base, model, tmp_path):
+    cai = save_adapter(three(model)[2], tmp_path / "cai.safetensors")
+    assert "--to checkpoint is the base model with the adapter in it" in error(call("convert", cai, "--to", "checkpoint"))
+    code, out, err = call("convert", cai, "--to", "fused", "--base", base)
+    assert (code, err) == (0, "") and out == f"written: {tmp_path / 'cai-fused'}"
+    fused = Pipeline.load(tmp_path / "cai-fused")
+    for name in KEYS:
+        expected = model.base_weight(name) + load_adapter(cai).layers[name].delta()
+        assert (fused.base_weight(name) - expected).norm() < 1e-3 * expected.norm()
+
+
+# --- inspect several, verify
+
+
+def test_inspect_advises_and_fails_where_merge_refuses(call, model, base, files, tmp_path):
+    code, out, _ = call("inspect", *files, "--base", base, "--rank", 1, "--trigger", "cai=ada")
+    assert code == 0
+    for word in ("AutoV2", "share the word 'ada'", "expected loss at rank 1", "verdict: merge with care"):
+        assert word in out, word
+    fast = save_adapter(three(model)[0], tmp_path / "lcm-lora.safetensors")
+    words = (files[0], fast)
+    code, out, _ = call("inspect", *words)
+    assert code == 1 and "verdict: do not merge" in out
+    target = tmp_path / "x.safetensors"
+    assert "--allow distilled" in error(call("merge", *words, "--method", "sum", "--output", target))
+    assert call("inspect", *words, "--allow", "distilled")[0] == 0
+    code, _, err = call("merge", *words, "--method", "sum", "--output", target, "--allow", "distilled", "--no-sources")
+    assert code == 0 and "warning: lcm-lora" in err
+    assert not load_adapter(target).metadata.keys() & {"modelspec.merged_from", "loraclr.receipt"}
+
+
+def test_verify_tells_a_good_merge_from_a_weak_one(call, base, files, tmp_path):
+    good, weak = tmp_path / "good.safetensors", tmp_path / "weak.safetensors"
+    assert call("merge", *files, "--method", "sum", "--output", good)[0] == 0
+    assert call("merge", *files, "--method", "average", "--output", weak)[0] == 0
+    code, out, err = call("verify", good, *files)
+    assert (code, err) == (0, "") and "by weights" in out and out.endswith("good")
+    code, out, _ = call("verify", weak, *files, "--json")
+    said = json.loads(out)
+    assert code == 1 and not said["good"] and [round(one["strength"], 2) for one in said["concepts"]] == [0.33] * 3
+    assert call("verify", weak, *files, *(word for name in ("ada", "ben", "cai") for word in ("--weight", f"{name}=0.333")))[0] == 0
 
 
 # --- generate

@@ -206,10 +206,14 @@ class TestTorch:
 
 
 class TestPaths:
-    @pytest.mark.parametrize("name", ["a.ckpt", "a.bin", "a.txt", "a"])
+    @pytest.mark.parametrize("name", ["a.ckpt", "a.txt", "a"])
     def test_other_endings(self, name, tmp_path):
         (tmp_path / name).write_bytes(b"whatever")
         refused(tmp_path / name, "convert it to .safetensors first")
+
+    def test_a_bin_is_read_as_a_torch_file(self, tmp_path):
+        (tmp_path / "a.bin").write_bytes(b"whatever")
+        refused(tmp_path / "a.bin", "is no torch zip file")
 
     def test_nothing_there(self, tmp_path):
         refused(tmp_path / "a.safetensors", "no such file")

@@ -9,11 +9,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from formats_families import original_flux, original_unet, shapes
+from formats_families import BUILD, original_flux, original_unet, shapes
 
 from loraclr.adapter import Adapter, LoraLayer
 from loraclr.errors import FormatError
-from loraclr.formats import FORMATS, comfy, diffusers, edlora, embedding, kohya, names, peft
+from loraclr.formats import FORMATS, comfy, diffusers, edlora, full, kohya, names, peft, single_file
 from loraclr.formats.base import AdapterFormat, Content
 
 FAMILIES = {"sd1": "SD1.x", "sd2": "SD2.x", "sdxl": "SDXL", "flux": "Flux.1"}
@@ -81,6 +81,8 @@ ROWS: tuple[tuple[str, AdapterFormat, tuple[str, ...], Stem, str | None], ...] =
     ("`kohya`, original block names", kohya, ("sd1", "sd2", "sdxl"), original_stem, None),
     ("`kohya`", kohya, ("flux",), kohya_stem, "kohya"),
     ("`kohya`, names of OneTrainer", kohya, ("flux",), onetrainer_stem, None),
+    ("`kohya` of full differences (`diff`)", full, ("sd1", "sd2", "sdxl"), kohya_stem, None),
+    ("`kohya` of full differences (`diff`)", full, ("flux",), kohya_stem, "kohya"),
     ("`diffusers` (AI-toolkit too)", diffusers, tuple(FAMILIES), diffusers_stem, None),
     ("`peft`", peft, tuple(FAMILIES), peft_stem, None),
     ("`edlora`", edlora, tuple(FAMILIES), edlora_stem, None),
@@ -88,6 +90,7 @@ ROWS: tuple[tuple[str, AdapterFormat, tuple[str, ...], Stem, str | None], ...] =
     ("`comfy`, names of XLabs", comfy, ("flux",), lambda *_: None, "xlabs"),
 )
 ENDINGS = {
+    "diff": ("diff",),
     "kohya": ("lora_down.weight", "lora_up.weight"),
     "edlora": ("lora_down.weight", "lora_up.weight"),
     "diffusers": ("lora_A.weight", "lora_B.weight"),
@@ -115,10 +118,11 @@ def read_cell(family: str, form: AdapterFormat, stem: Stem, naming: str | None) 
     if family == "flux" and naming:
         rows |= fused(naming)
     endings = (".down.weight", ".up.weight") if naming == "xlabs" else tuple(f".{end}" for end in ENDINGS[form.id])
-    tensors = {key + end: tensor for key, out in rows.items() for end, tensor in zip(endings, pair(out), strict=True)}
+    stored = (lambda out: (torch.ones(out, 2),)) if form is full else pair
+    tensors = {key + end: tensor for key, out in rows.items() for end, tensor in zip(endings, stored(out), strict=True)}
     config = '{"peft_type": "LORA", "r": 1, "lora_alpha": 1}'
     content = Content(tensors, {f"{part}/adapter_config.json": config for part in names.COMPONENTS} if form is peft else {})
-    assert [one.id for one in FORMATS if one.detect(content.tensors, content.metadata)] == [form.id]
+    assert [one.id for one in FORMATS if one.detect(content.tensors, content.metadata)] == ["kohya" if form is full else form.id]
     found = form.read(content)
     assert found.layers.keys() <= wanted.keys()
     assert all(found.layers[name].shape[0] == wanted[name][0] for name in found.layers)
@@ -152,6 +156,17 @@ def written_cell(family: str, form: AdapterFormat, stem: Stem) -> str:
     return "no"
 
 
+def checkpoint_cell(family: str) -> str:
+    """Every tensor of the real model but its autoencoder's, in the original layout."""
+    with torch.device("meta"):
+        parts = {name: dict(build().state_dict()) for name, build in BUILD[family].items()}
+    try:
+        found = single_file.checkpoint({**parts, "vae": {}}, family=family, layers=2)
+    except FormatError as error:
+        return "no: " + str(error).split("; ")[1]
+    return f"all of it: {len(found)} tensors without the autoencoder"
+
+
 def table() -> str:
     lines = ["| family | file | read | written |", "|---|---|---|---|"]
     for family, called in FAMILIES.items():
@@ -164,6 +179,7 @@ def table() -> str:
                     "no" if naming == "xlabs" else written_cell(family, form, stem),
                 )
                 lines.append(f"| {' | '.join(cells)} |")
+        lines.append(f"| {called} | `checkpoint`, of the base with the adapter | as a base | {checkpoint_cell(family)} |")
     return "\n".join(lines)
 
 
@@ -174,7 +190,8 @@ def test_the_table_of_the_documentation_is_true():
 
 
 def test_every_format_is_in_the_table():
-    assert {form.id for _, form, *_ in ROWS} == {form.id for form in FORMATS if form is not embedding}  # which has no layers
+    """But learned tokens alone, which are no layers."""
+    assert {form.id for _, form, *_ in ROWS} | {"embedding"} == {form.id for form in FORMATS}
 
 
 if __name__ == "__main__":

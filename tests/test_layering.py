@@ -22,8 +22,9 @@ ORDER = (
     ("conditioning", "loading"),
     ("pipeline",),
     ("collect",),
-    ("predictions",),
+    ("predictions", "preflight"),
     ("merge",),
+    ("fuse", "verify"),
     ("generate", "train"),
     ("evaluate",),
     ("toybox", "web"),
@@ -100,7 +101,16 @@ def test_importing_the_package_imports_nothing_heavy():
 
 
 def test_help_does_not_import_torch():
-    for words in (["--help"], ["merge", "--help"], ["generate", "--help"], ["evaluate", "--help"], ["train", "--help"], ["--version"]):
+    for words in (
+        ["--help"],
+        ["merge", "--help"],
+        ["inspect", "--help"],
+        ["verify", "--help"],
+        ["generate", "--help"],
+        ["evaluate", "--help"],
+        ["train", "--help"],
+        ["--version"],
+    ):
         assert not modules_after(f"from loraclr.cli import main\nassert main({words}) == 0") & {
             "torch",
             "numpy",

@@ -632,10 +632,10 @@ def test_a_textual_inversion_is_a_file_that_diffusers_loads_and_that_merges(base
     assert main([str(word) for word in [*words, "--sample-every", 0, "--output", tmp_path / "qq.safetensors"]]) == 0
     assert "learned tokens:" not in capsys.readouterr().out  # none lie beside it
     pipe = tiny_pipe()
-    pipe.load_textual_inversion(tmp_path / "qq.safetensors")
+    pipe.load_textual_inversion(tmp_path / "qq.safetensors", token="<qq>")
     token = load_adapter(tmp_path / "qq.safetensors")
     row = pipe.text_encoder.get_input_embeddings().weight[pipe.tokenizer.convert_tokens_to_ids("<qq>")]
-    assert token.call == "<qq>" and torch.equal(row.detach(), token.tokens["<qq>"][0])
+    assert token.call == "<qq>" and torch.equal(row.detach(), token.tokens["<qq>"][0].float())
     save_adapter(learn(folder, pipeline, small("lora", steps=1), trigger="ada"), tmp_path / "ada.safetensors")
     quick = Collection(fit=("a {}",), held_out=("the {}",), preserve=("a m",), steps=2)
     merged = merge([tmp_path / "qq.safetensors", tmp_path / "ada.safetensors"], base=pipeline, collection=quick).adapter
@@ -647,7 +647,10 @@ def test_a_textual_inversion_is_a_file_that_diffusers_loads_and_that_merges(base
     [
         (["--output", "nowhere/qq.pth"], "there is no folder nowhere; make it first"),
         (["--output", "qq.ckpt"], "format kohya is a file: end its name in .safetensors"),
-        (["--output", "qq.safetensors", "--recipe", "pplus"], "a token with 10 layers has no names in embedding files, which know 16"),
+        (
+            ["--output", "qq.safetensors", "--recipe", "pplus"],
+            "a token with 10 layers has no place in embedding files, which have 16; end its name in .pth",
+        ),
         (
             ["--output", "qq.safetensors", "--recipe", "pplus", "--format", "diffusers"],
             "makes a learned token and no layers; leave --format out",

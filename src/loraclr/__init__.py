@@ -20,14 +20,17 @@ if TYPE_CHECKING:
     from loraclr.errors import FormatError, LoraclrError, MergeError, NumericalError, PipelineError, TrainError, UsageError
     from loraclr.evaluate import Evaluation, Subject, Variant, evaluate
     from loraclr.formats import describe, load_adapter, save_adapter
+    from loraclr.fuse import fuse
     from loraclr.generate import Generated, Region, generate, parse_region
     from loraclr.judges import open_judge
     from loraclr.merge import LayerReceipt, MergeResult, MergeWarning, merge
     from loraclr.methods import METHODS, LayerMethod, LayerProblem, LayerSolution, make_method
     from loraclr.pipeline import Pipeline
+    from loraclr.preflight import Preflight, preflight
     from loraclr.statistics import LayerStats, load_statistics, save_statistics
     from loraclr.toybox import Toybox, open_toybox
     from loraclr.train import RECIPES, Recipe, make_recipe, shared_rows, train
+    from loraclr.verify import Verification, verify
 
 __all__ = [
     "METHODS",
@@ -52,6 +55,7 @@ __all__ = [
     "NumericalError",
     "Pipeline",
     "PipelineError",
+    "Preflight",
     "Recipe",
     "Region",
     "Subject",
@@ -59,10 +63,12 @@ __all__ = [
     "TrainError",
     "UsageError",
     "Variant",
+    "Verification",
     "__version__",
     "collect",
     "describe",
     "evaluate",
+    "fuse",
     "generate",
     "load_adapter",
     "load_statistics",
@@ -72,10 +78,12 @@ __all__ = [
     "open_judge",
     "open_toybox",
     "parse_region",
+    "preflight",
     "save_adapter",
     "save_statistics",
     "shared_rows",
     "train",
+    "verify",
 ]
 
 # Public name -> the module it lives in, imported at first use (PEP 562).
@@ -87,14 +95,17 @@ _HOMES = {
         "errors": ("FormatError", "LoraclrError", "MergeError", "NumericalError", "PipelineError", "TrainError", "UsageError"),
         "evaluate": ("Evaluation", "Subject", "Variant", "evaluate"),
         "formats": ("describe", "load_adapter", "save_adapter"),
+        "fuse": ("fuse",),
         "generate": ("Generated", "Region", "generate", "parse_region"),
         "judges": ("open_judge",),
         "merge": ("LayerReceipt", "MergeResult", "MergeWarning", "merge"),
         "methods": ("METHODS", "LayerMethod", "LayerProblem", "LayerSolution", "make_method"),
         "pipeline": ("Pipeline",),
+        "preflight": ("Preflight", "preflight"),
         "statistics": ("LayerStats", "load_statistics", "save_statistics"),
         "toybox": ("Toybox", "open_toybox"),
         "train": ("RECIPES", "Recipe", "make_recipe", "shared_rows", "train"),
+        "verify": ("Verification", "verify"),
     }.items()
     for name in names
 }

@@ -22,13 +22,14 @@ from loraclr.adapter import Adapter, Layer, LoraLayer
 from loraclr.blocks import weighted
 from loraclr.collect import ALL_ROWS, PAPER, Collection, Concept, collect
 from loraclr.errors import MergeError, UsageError
-from loraclr.formats import load_adapter, save_adapter, sidecar
-from loraclr.formats.files import digest
+from loraclr.formats import load_adapter, provenance, save_adapter, sidecar
+from loraclr.formats.files import digest, tensor_digest
 from loraclr.linalg import Truncation, factor, lowest_rank, truncate, truncate_aware, truncate_dense
 from loraclr.methods import make_method
 from loraclr.methods.problem import AdapterMethod, LayerProblem, LayerSolution, Method, residuals
 from loraclr.pipeline import Pipeline
 from loraclr.predictions import model_problem
+from loraclr.preflight import check_fit, checks, union
 from loraclr.statistics import LayerStats
 
 
@@ -62,7 +63,7 @@ class MergeResult:
     parameters: Mapping[str, Any]
     rank: int | None  # the most that was asked for
     base: str | None
-    inputs: tuple[Mapping[str, Any], ...]  # name, file, sha256, weight, block_weights, call
+    inputs: tuple[Mapping[str, Any], ...]  # name, file, sha256, tensor_sha256, weight, block_weights, call
     layers: tuple[LayerReceipt, ...]
     versions: Mapping[str, str]
     seed: int
@@ -98,6 +99,11 @@ class MergeResult:
         plain: dict[str, Any] = _plain(whole)
         return plain
 
+    @property
+    def prompt(self) -> str:
+        """One to begin with."""
+        return provenance.prompt([str(entry["call"]) for entry in self.inputs])
+
     def header(self) -> dict[str, str]:
         """The compact receipt for the file's own header: no timings and no paths, so that equal merges are equal bytes."""
         compact = {
@@ -105,26 +111,32 @@ class MergeResult:
             "parameters": dict(self.parameters),
             "rank": self.rank,
             "seed": self.seed,
-            "inputs": [{key: entry[key] for key in ("name", "sha256", "weight", "block_weights", "call")} for entry in self.inputs],
+            "inputs": [{key: value for key, value in entry.items() if key != "file"} for entry in self.inputs],
             "residual": {kind: _rounded(self.mean_residual(kind)) for kind in ("fit", "held_out")},
             "versions": dict(self.versions),
         }
         return {
-            "loraclr.receipt": json.dumps(_plain(compact), sort_keys=True, allow_nan=False),
-            "modelspec.merged_from": ", ".join(str(entry["name"]) for entry in self.inputs),
+            provenance.RECEIPT: json.dumps(_plain(compact), sort_keys=True, allow_nan=False),
+            "modelspec.title": self.adapter.name,
+            "modelspec.description": f"{len(self.inputs)} adapters merged by loraclr {__version__}, method {self.method}",
             "modelspec.trigger_phrase": ", ".join(self.adapter.triggers),
+            "modelspec.usage_hint": provenance.usage([str(entry["call"]) for entry in self.inputs]),
         }
 
-    def save(self, path: str | Path, *, format: str = "kohya", dtype: torch.dtype = torch.float16) -> Path:
+    def save(self, path: str | Path, *, format: str = "kohya", dtype: torch.dtype = torch.float16, sources: bool = True) -> Path:
         """The adapter's file with the compact receipt in its header, and the whole receipt in PATH.json beside it: all or nothing.
 
-        Errors are those of `save_adapter`.
+        Without `sources` the file itself says nothing of the adapters it was made of; the receipt beside it still does. Errors are those
+        of `save_adapter`.
         """
         target = Path(path)
+        adapter, header = self.adapter, self.header()
+        if not sources:
+            adapter, header = adapter.with_(metadata=provenance.withheld(adapter.metadata)), provenance.withheld(header)
         receipt = target.with_name(f"{target.name}.json")
         with disk.reserved(target, receipt, sidecar.path_for(target)), disk.together():
             disk.write(receipt, json.dumps(self.receipt(), indent=1, sort_keys=True, allow_nan=False) + "\n")
-            return save_adapter(self.adapter, target, format=format, dtype=dtype, metadata=self.header())
+            return save_adapter(adapter, target, format=format, dtype=dtype, metadata=header)
 
 
 def merge(
@@ -141,6 +153,7 @@ def merge(
     collection: Collection | None = None,
     score: Callable[[Adapter], float] | None = None,
     measure: bool = False,
+    allow: Sequence[str] = (),
     name: str = "merged",
     progress: Callable[[str, float], None] | None = None,
 ) -> MergeResult:
@@ -151,26 +164,27 @@ def merge(
     otherwise its learned tokens or its first trigger. `rank` is the most that the result may have per layer; without it a low-rank
     solution keeps its exact rank and a dense one gets the sum of the input ranks. `measure` collects statistics also for methods
     that need none, to report residuals. `collection` says what is collected; without it, methods that want all rows get the
-    released code's prompts. `score` judges a merged adapter, higher is better, for a method that searches (`lorahub`). `progress` is
-    told a phase and its share done, 0..1. Raises MergeError, UsageError.
+    released code's prompts. `score` judges a merged adapter, higher is better, for a method that searches (`lorahub`). `allow` makes
+    warnings of refusals that are judgements, those in `JUDGED` of `preflight.py`. `progress` is told a phase and its share done, 0..1.
+    Raises MergeError, UsageError.
     """
     started = time.perf_counter()
     solver = make_method(method, **(parameters or {})) if isinstance(method, str) else method
     if not isinstance(method, str) and parameters:
         raise UsageError("parameters go with a method's name; a method that is already made has its own")
     sources = [
-        (adapter, None, None) if isinstance(adapter, Adapter) else (load_adapter(adapter, base=base), Path(adapter), digest(Path(adapter)))
-        for adapter in adapters  # the digest now: the file may be another one by the end
+        (adapter, None, None) if isinstance(adapter, Adapter) else (load_adapter(adapter, base=base), Path(adapter), _hashes(Path(adapter)))
+        for adapter in adapters  # the hashes now: the file may be another one by the end
     ]
     prompted = bool({"statistics", "sample", "predictions"} & solver.needs) or measure
-    concepts = _concepts([adapter for adapter, *_ in sources], weights, calls or {}, needed=prompted)
+    concepts = _concepts([adapter for adapter, *_ in sources], weights, calls or {}, needed=prompted, base=base, allow=allow)
     if block_weights:
         attentions = None if base is None else base.cross_attention_layers
         concepts = [
             dataclasses.replace(concept, adapter=adapter)
             for concept, adapter in zip(concepts, weighted([c.adapter for c in concepts], block_weights, attentions), strict=True)
         ]
-    shapes = _shapes(concepts)
+    shapes = union([concept.adapter for concept in concepts])
     if rank is not None and rank < 1:
         raise UsageError(f"rank {rank}: give at least 1")
     if rank is not None and "rank" in _fields(solver) and _fields(solver)["rank"] is None:
@@ -190,7 +204,7 @@ def merge(
     )
     stages = [list(shapes)] if base is None else base.stages(list(shapes))
     if base is not None:
-        _check_fit(shapes, base)
+        check_fit(shapes, base)
     seconds = {"load": time.perf_counter() - started, "collect": 0.0, "solve": 0.0}
     solved: dict[str, LayerSolution] = {}
     if isinstance(solver, AdapterMethod) and base is not None:
@@ -229,6 +243,7 @@ def merge(
             tokens={token: rows for concept in concepts for token, rows in concept.adapter.tokens.items()},
             triggers=tuple(dict.fromkeys(words for concept in concepts for words in (concept.call, *concept.adapter.triggers) if words)),
             family=next((concept.adapter.family for concept in concepts if concept.adapter.family), None),
+            metadata=provenance.joined([concept.adapter for concept in concepts]),
         ),
         solver.name,
         _fields(solver),
@@ -238,12 +253,13 @@ def merge(
             {
                 "name": concept.name,
                 "file": None if path is None else path.name,
-                "sha256": sha256,
+                "sha256": hashes and hashes[0],
+                "tensor_sha256": hashes and hashes[1],
                 "weight": concept.weight,
                 "block_weights": list((block_weights or {}).get(concept.name, ())) or None,
                 "call": concept.call,
             }
-            for concept, (_, path, sha256) in zip(concepts, sources, strict=True)
+            for concept, (_, path, hashes) in zip(concepts, sources, strict=True)
         ),
         tuple(receipts),
         {
@@ -258,7 +274,20 @@ def merge(
     )
 
 
-def _concepts(adapters: Sequence[Adapter], weights: Sequence[float] | None, calls: Mapping[str, str], *, needed: bool) -> list[Concept]:
+def _hashes(path: Path) -> tuple[str, str | None]:
+    """Of the whole file, and of its tensors alone."""
+    return digest(path), tensor_digest(path)
+
+
+def _concepts(
+    adapters: Sequence[Adapter],
+    weights: Sequence[float] | None,
+    calls: Mapping[str, str],
+    *,
+    needed: bool,
+    base: Pipeline | None,
+    allow: Sequence[str],
+) -> list[Concept]:
     """Adapters with their weights and calls; all that is wrong with them in one message."""
     problems = []
     if not adapters:
@@ -266,70 +295,19 @@ def _concepts(adapters: Sequence[Adapter], weights: Sequence[float] | None, call
     if weights is not None and len(weights) != len(adapters):
         raise UsageError(f"{len(adapters)} adapters and {len(weights)} weights; give one weight per adapter")
     names = [adapter.name for adapter in adapters]
-    for repeated in sorted({one for one in names if names.count(one) > 1}):
-        problems.append(f"two adapters are called {repeated!r}; rename one file")
     for unknown in sorted(set(calls) - set(names)):
         problems.append(f"a trigger was given for {unknown!r}, but the adapters are {', '.join(names)}")
-    families = sorted({adapter.family for adapter in adapters if adapter.family})
-    if len(families) > 1:
-        problems.append(f"the adapters belong to different model families ({', '.join(families)}); merge those of one family")
-    tokens: dict[str, Adapter] = {}
-    for adapter in adapters:
-        for token, rows in adapter.tokens.items():
-            if token in tokens and not torch.equal(tokens[token].tokens[token], rows):
-                problems.append(
-                    f"{tokens[token].name} and {adapter.name} both bring a learned token {token!r}; train or rename one of them"
-                )
-            tokens[token] = adapter
-    concepts = []
-    for index, adapter in enumerate(adapters):
-        call = calls.get(adapter.name) or adapter.call
-        if needed and not call:
-            problems.append(f"{adapter.name} says no trigger words; give them with --trigger {adapter.name}=WORDS")
-        concepts.append(Concept(adapter, call, 1.0 if weights is None else weights[index]))
+    found = list(checks(adapters, base=base, calls=calls, prompted=needed, allow=allow))
+    problems += [finding.message for finding in found if finding.level == "refuse"]
     if problems:
         raise MergeError("; ".join(problems))
-    for call in sorted({concept.call.casefold() for concept in concepts if concept.call}):
-        same = [concept.name for concept in concepts if concept.call.casefold() == call]
-        if len(same) > 1:
-            warnings.warn(
-                f"{', '.join(same)} are called by the same words {call!r}: no merge can tell them apart; give each its own trigger",
-                MergeWarning,
-                stacklevel=3,
-            )
-    return concepts
-
-
-def _shapes(concepts: Sequence[Concept]) -> dict[str, tuple[int, ...]]:
-    """The union of adapted layers by name, sorted, with the weight's shape."""
-    shapes: dict[str, tuple[int, ...]] = {}
-    owner: dict[str, str] = {}
-    for concept in concepts:
-        for layer in concept.adapter:
-            known = shapes.setdefault(layer.name, layer.shape)
-            owner.setdefault(layer.name, concept.name)
-            if _flat(known) != _flat(layer.shape):
-                raise MergeError(
-                    f"{layer.name} is {known} in {owner[layer.name]} and {layer.shape} in {concept.name}; they are of different models"
-                )
-            if len(layer.shape) > len(known):
-                shapes[layer.name] = layer.shape
-    if not shapes and not any(concept.adapter.tokens for concept in concepts):
-        raise MergeError("none of the adapters changes any layer; there is nothing to merge")
-    return dict(sorted(shapes.items()))
-
-
-def _check_fit(shapes: Mapping[str, tuple[int, ...]], base: Pipeline) -> None:
-    weights = {name: tuple(base.base_weight(name).shape) for name in shapes}
-    wrong = [f"{name} is {shape}, the base's {weights[name]}" for name, shape in shapes.items() if _flat(shape) != _flat(weights[name])]
-    if wrong:
-        raise MergeError(
-            f"{len(wrong)} layers do not fit the base model: {'; '.join(wrong[:3])}; give the base these adapters were made for"
-        )
-
-
-def _flat(shape: tuple[int, ...]) -> tuple[int, int]:
-    return shape[0], int(torch.Size(shape[1:]).numel())
+    for finding in found:
+        if finding.level == "warn":
+            warnings.warn(finding.message, MergeWarning, stacklevel=3)
+    return [
+        Concept(adapter, calls.get(adapter.name) or adapter.call, 1.0 if weights is None else weights[index])
+        for index, adapter in enumerate(adapters)
+    ]
 
 
 def _problem(

@@ -11,7 +11,7 @@ from typing import Annotated, TextIO
 import typer
 
 from loraclr import __version__
-from loraclr.cli import convert, evaluate, generate, inspect, merge, methods, parse, show, study, toybox, train
+from loraclr.cli import convert, evaluate, generate, inspect, merge, methods, parse, show, study, toybox, train, verify
 from loraclr.errors import LoraclrError
 
 __all__ = ["app", "main"]
@@ -28,6 +28,7 @@ app = typer.Typer(
 )
 app.command("inspect")(inspect.inspect)
 app.command("merge")(merge.merge)
+app.command("verify")(verify.verify)
 app.command("convert")(convert.convert)
 app.command("train")(train.train)
 app.command("generate")(generate.generate)

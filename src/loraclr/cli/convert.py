@@ -1,4 +1,4 @@
-"""`loraclr convert`: one adapter file in another format."""
+"""`loraclr convert`: one adapter file in another format, or as a model of its own with its base."""
 
 from __future__ import annotations
 
@@ -15,12 +15,13 @@ from loraclr.errors import UsageError
 def convert(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="An adapter file, or a PEFT folder.", show_default=False)],
     to: Annotated[
-        Literal["kohya", "diffusers", "peft", "edlora"], typer.Option(help="Names and layout of the output.", show_default=False)
+        Literal["kohya", "diffusers", "peft", "edlora", "diff", "embedding", "fused", "checkpoint"],
+        typer.Option(help="Names and layout of the output; fused and checkpoint are the base with the adapter in it.", show_default=False),
     ],
     output: Annotated[Path | None, typer.Option(metavar="OUT", help="The file to write.", show_default="FILE-FORMAT, beside FILE")] = None,
     base: Annotated[
         str | None,
-        typer.Option(help="Base model: a diffusers folder or a hub id. Only DoRA, OFT and BOFT need it.", show_default=False),
+        typer.Option(help="Base model: a diffusers folder or a hub id. DoRA, OFT, BOFT, fused and checkpoint need it.", show_default=False),
     ] = None,
     rank: Annotated[int | None, typer.Option(min=1, help="The most per layer; cuts what has more.", show_default="all of it")] = None,
     dtype: Annotated[Literal["fp16", "fp32"], typer.Option(help="Precision of the output.")] = "fp16",
@@ -29,14 +30,17 @@ def convert(
 ) -> None:
     """Write an adapter in another format. Every layer keeps its change; scales are baked in, trigger words come along.
 
-    Example: loraclr convert rhea.pth --to kohya
+    fused is a diffusers folder, checkpoint one file as A1111 and ComfyUI load it. Example: loraclr convert rhea.pth --to kohya
     """
     if not file.exists():
         raise UsageError(f"{file}: there is no such file; check the path")
     file = file if file.name else file.resolve()
     output = output or file.with_name(f"{parse.adapter_name(file)}-{to}{parse.ENDINGS[to][0]}")
     tokens = output.with_name(output.name.removesuffix(".safetensors") + ".tokens.safetensors")
-    parse.check_output(output, to, [] if to == "edlora" else [tokens], force=force)
+    parse.check_output(output, to, [] if to in ("edlora", "embedding") else [tokens], force=force)
+    whole = to in ("fused", "checkpoint")
+    if whole and base is None:
+        raise UsageError(f"--to {to} is the base model with the adapter in it; give --base")
     if output.resolve() == file.resolve():
         raise UsageError(f"--output {output} is the file to convert; give another name")
     parse.hold(disk.reserved(output, tokens))
@@ -46,12 +50,19 @@ def convert(
     from loraclr.adapter import DenseLayer
     from loraclr.formats import load_adapter, save_adapter
     from loraclr.formats.reduced import reduced
+    from loraclr.fuse import fuse
     from loraclr.pipeline import Pipeline
 
-    adapter = load_adapter(file, base=None if base is None else Pipeline.load(base))
+    pipeline = None if base is None else Pipeline.load(base)
+    adapter = load_adapter(file, base=pipeline)
     adapter, lost = (adapter, {}) if rank is None else reduced(adapter, rank)
-    written = save_adapter(adapter, output, format=to, dtype={"fp16": torch.float16, "fp32": torch.float32}[dtype])
-    dense = sum(isinstance(layer, DenseLayer) for layer in adapter)
+    precision = {"fp16": torch.float16, "fp32": torch.float32}[dtype]
+    if to == "fused" or to == "checkpoint":
+        assert pipeline is not None
+        written = fuse(adapter, pipeline, output, layout=to, dtype=precision)
+    else:
+        written = save_adapter(adapter, output, format=to, dtype=precision)
+    dense = 0 if whole else sum(isinstance(layer, DenseLayer) for layer in adapter)
     sidecar = tokens if tokens.exists() and adapter.tokens else None
     if json:
         show.as_json(

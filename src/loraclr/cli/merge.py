@@ -44,9 +44,16 @@ def merge(
         typer.Option(metavar="NAME=WORDS", help="The words that call an adapter in a prompt; repeatable.", show_default="as the files say"),
     ] = [],  # noqa: B006
     rank: Annotated[int | None, typer.Option(min=1, help="The most per layer.", show_default="what the solution needs")] = None,
-    format: Annotated[Literal["kohya", "diffusers", "peft", "edlora"], typer.Option(help="Names and layout of the output.")] = "kohya",
+    format: Annotated[
+        Literal["kohya", "diffusers", "peft", "edlora", "diff"], typer.Option(help="Names and layout of the output.")
+    ] = "kohya",
     dtype: Annotated[Literal["fp16", "fp32"], typer.Option(help="Precision of the output.")] = "fp16",
     seed: Annotated[int, typer.Option(help="Of the noise that features are collected on.")] = 0,
+    allow: Annotated[
+        list[str],
+        typer.Option(metavar="CHECK", help="Merge in spite of distilled, edit or prediction; repeatable.", show_default=False),
+    ] = [],  # noqa: B006
+    no_sources: Annotated[bool, typer.Option("--no-sources", help="Leave out of the file what it was merged from.")] = False,
     measure: Annotated[bool, typer.Option("--measure", help="Report residuals also for methods that need no features.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing OUT.")] = False,
     json: Annotated[bool, typer.Option("--json", help="Print the receipt as JSON.")] = False,
@@ -82,10 +89,11 @@ def merge(
             rank=rank,
             seed=seed,
             measure=measure,
+            allow=allow,
             name=output.name if format == "peft" else output.stem,
             progress=tell,
         )
-    written = result.save(output, format=format, dtype={"fp16": torch.float16, "fp32": torch.float32}[dtype])
+    written = result.save(output, format=format, dtype={"fp16": torch.float16, "fp32": torch.float32}[dtype], sources=not no_sources)
     sidecar = next((path for path in _companions(written)[1:] if path.exists()), None)
     if json:
         show.as_json({"output": str(written), "tokens": None if sidecar is None else str(sidecar), **result.receipt()})
@@ -128,6 +136,8 @@ def _show(result: MergeResult, written: Path, sidecar: Path | None) -> None:
     if len(advised) > 3:
         show.out.print(f"and advice on {len(advised) - 3} more layers in the receipt", style="yellow")
     show.out.print(f"written: {written}\nreceipt: {written.name}.json", markup=False)
+    if result.prompt:
+        show.out.print(f"prompt: {result.prompt}", markup=False)
     if sidecar is not None:
         show.out.print(f"learned tokens: {sidecar} (keep it beside the merged file)", markup=False)
 

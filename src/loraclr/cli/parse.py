@@ -13,7 +13,16 @@ from typing import Any, get_origin
 from loraclr.errors import UsageError
 
 # How the name of an output ends; repeated from the formats, which are not imported to parse a command line.
-ENDINGS = {"kohya": (".safetensors",), "diffusers": (".safetensors",), "peft": ("",), "edlora": (".pth", ".pt")}
+ENDINGS = {
+    "kohya": (".safetensors",),
+    "diffusers": (".safetensors",),
+    "peft": ("",),
+    "edlora": (".pth", ".pt"),
+    "diff": (".safetensors",),
+    "embedding": (".safetensors",),
+    "fused": ("",),
+    "checkpoint": (".safetensors",),
+}
 
 
 _held: ContextVar[ExitStack] = ContextVar("held")

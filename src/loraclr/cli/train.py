@@ -62,7 +62,7 @@ def train(
     Example: loraclr train references/rhea --base toy/base --recipe edlora:toybox --trigger rhea --class woman --output rhea.pth
     """
     form = format or ("edlora" if output.suffix in parse.ENDINGS["edlora"] else "kohya")
-    parse.check_output(output, "kohya" if form == "embedding" else form, [], force=force)  # which end alike
+    parse.check_output(output, form, [], force=force)
     parse.hold(disk.reserved(output, _tokens(output)))
 
     import torch
@@ -84,8 +84,11 @@ def train(
     others = [load_adapter(path) for path in beside]
     work = output.with_name(f"{output.name}.train")
     pipeline = Pipeline.load(base, device=_device(device))
-    if form == "embedding" and chosen.layerwise:
-        embedding.check_layers(len(pipeline.cross_attention_layers))
+    layers = len(pipeline.cross_attention_layers)
+    if form == "embedding" and chosen.layerwise and layers != len(embedding.XTI):
+        raise UsageError(
+            f"--output {output}: a token with {layers} layers has no place in embedding files, which have 16; end its name in .pth"
+        )
     with show.progress(quiet=json) as tell:
         adapter = run(
             pictures,

@@ -14,8 +14,9 @@ import torch
 from loraclr import disk
 from loraclr.adapter import Adapter
 from loraclr.errors import FormatError
-from loraclr.formats import comfy, diffusers, edlora, embedding, files, header, kohya, names, peft, sidecar
+from loraclr.formats import comfy, diffusers, edlora, embedding, files, full, header, kohya, names, notes, peft, sidecar
 from loraclr.formats.base import FLOATS, AdapterFormat, BaseWeights, Content, PrecisionWarning, unplaced
+from loraclr.formats.provenance import LICENSE
 from loraclr.formats.report import FileReport, report
 
 __all__ = [
@@ -28,12 +29,13 @@ __all__ = [
     "PrecisionWarning",
     "describe",
     "detect_format",
+    "examine",
     "load_adapter",
     "save_adapter",
 ]
 
-FORMATS: tuple[AdapterFormat, ...] = (kohya, diffusers, peft, edlora, comfy, embedding)
-WRITTEN: tuple[str, ...] = tuple(one.id for one in FORMATS if one not in (comfy, embedding))  # of whatever an adapter holds
+FORMATS: tuple[AdapterFormat, ...] = (kohya, diffusers, peft, edlora, full, embedding, comfy)
+WRITTEN: tuple[str, ...] = tuple(one.id for one in FORMATS if one is not comfy)
 
 
 def load_adapter(path: str | Path, *, name: str | None = None, base: BaseWeights | None = None) -> Adapter:
@@ -89,11 +91,25 @@ def detect_format(path: str | Path) -> str:
 
 def describe(path: str | Path, *, base: BaseWeights | None = None) -> FileReport:
     """Reads the whole file and says what is in it, with its SHA-256 and remarks worth a user's attention. `base` as in `load_adapter`."""
-    adapter, target, content = _load(Path(path), None, base)
+    return examine(path, base=base)[1]
+
+
+def examine(path: str | Path, *, base: BaseWeights | None = None) -> tuple[Adapter, FileReport]:
+    """What `load_adapter` and `describe` return, of one reading."""
+    path = Path(path)
+    adapter, target, content = _load(path, None, base)
     types = {str(tensor.dtype).removeprefix("torch.") for key, tensor in content.tensors.items() if not key.endswith("alpha")}
-    with files.about(Path(path)):
-        size = sum(member.stat().st_size for member in files.members(Path(path)))
-        return report(adapter, path=Path(path), format=target.id, dtypes=tuple(sorted(types)), size=size, sha256=files.digest(Path(path)))
+    with files.about(path):
+        return adapter, report(
+            adapter,
+            path=path,
+            format=target.id,
+            dtypes=tuple(sorted(types)),
+            size=sum(member.stat().st_size for member in files.members(path)),
+            sha256=files.digest(path),
+            tensor_sha256=files.tensor_digest(path),
+            trigger_source=header.triggers(content.metadata, notes.read(path))[1],
+        )
 
 
 def _load(path: Path, name: str | None, base: BaseWeights | None) -> tuple[Adapter, AdapterFormat, Content]:
@@ -101,17 +117,21 @@ def _load(path: Path, name: str | None, base: BaseWeights | None) -> tuple[Adapt
         content = files.read(path)
         target = _claim(content)
         adapter = target.read(content, base)
-        if embedding.NAMELESS in adapter.tokens:  # its further vectors are called _1, _2, ...
-            adapter = adapter.with_(tokens={f"<{path.stem}>{token}": rows for token, rows in adapter.tokens.items()})
+        if target is embedding:
+            adapter = adapter.with_(tokens=embedding.named(adapter.tokens, content.metadata.get(embedding.TOKEN) or path.stem))
         beside = {} if target.holds_tokens else sidecar.read(path)
         if twice := sorted(beside.keys() & adapter.tokens.keys()):
             raise FormatError(f"the token {twice[0]!r} is in the file and in {sidecar.path_for(path).name}; remove one of them")
+        noted = notes.read(path)
+        stated = dict(content.metadata)
+        if noted.licence and not stated.get(LICENSE):
+            stated[LICENSE] = noted.licence
         adapter = adapter.with_(
             name=name or (path.name if path.is_dir() else path.stem),
             tokens={**adapter.tokens, **beside},
-            triggers=header.triggers(content.metadata),
+            triggers=header.triggers(content.metadata, noted)[0],
             family=header.family(content.metadata, names.guess_family({layer.name: layer.shape for layer in adapter})),
-            metadata=content.metadata,
+            metadata=stated,
         )
     return adapter, target, content
 

@@ -18,11 +18,15 @@ from torch import Tensor
 
 from loraclr import disk
 from loraclr.errors import FormatError
+from loraclr.formats import embedding
 from loraclr.formats.base import FLOATS, Content, Storage
 from loraclr.formats.names import COMPONENTS
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 SUFFIXES: dict[Storage, tuple[str, ...]] = {"file": (".safetensors",), "torch": (".pth", ".pt"), "folder": ("",)}
+_TORCH_READ = (".pth", ".pt", ".bin")
+# As safetensors calls them.
+_NAMES = {torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32", torch.float64: "F64", torch.int64: "I64"}
 _CONFIG_BYTES = 4 << 20
 _ZIP_SLACK = 1 << 10
 
@@ -46,7 +50,7 @@ def read(path: Path) -> Content:
         raise FormatError("there is no such file; check the path")
     elif not path.is_file():  # opening a pipe would wait for ever
         raise FormatError("is no ordinary file; check the path")
-    elif path.suffix in SUFFIXES["torch"]:
+    elif path.suffix in _TORCH_READ:
         content = _read_torch(path)
     elif path.suffix == ".safetensors":
         content = _read_safetensors(path)
@@ -79,6 +83,15 @@ def digest(path: Path) -> str:
     return hashlib.sha256(lines.encode()).hexdigest()
 
 
+def tensor_digest(path: Path) -> str | None:
+    """SHA-256 of a .safetensors file without its header, in hex: kohya's `sshs_model_hash`, and what A1111 and Civitai know it by."""
+    if path.suffix != ".safetensors" or path.is_dir():
+        return None
+    with path.open("rb") as file:
+        file.seek(8 + int.from_bytes(file.read(8), "little"))
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def write(content: Content, path: Path, storage: Storage) -> None:
     """Puts `content` at `path` in one step: whoever looks sees the old file or the whole new one. Equal content, equal bytes.
 
@@ -92,16 +105,49 @@ def write(content: Content, path: Path, storage: Storage) -> None:
 
 
 def safetensors_bytes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
-    """The library's own serialisation, with the header's metadata in sorted order: the library shuffles it from run to run."""
+    """The library's own serialisation, with the header's metadata in sorted order: the library shuffles it from run to run.
+
+    Its header has the SHA-256 of the tensors, as kohya's trainer and the model specification call it.
+    """
     wrong = [key for key, value in metadata.items() if not isinstance(value, str)]
     if wrong:
         raise FormatError(f"metadata {wrong[0]!r} is a {type(metadata[wrong[0]]).__name__}; safetensors metadata must be text: use str()")
     plain = safetensors.torch.save({key: tensors[key].detach().cpu().contiguous().clone() for key in sorted(tensors)})
     size = int.from_bytes(plain[:8], "little")
     entries: dict[str, Any] = json.loads(plain[8 : 8 + size])
+    digest = hashlib.sha256(memoryview(plain)[8 + size :]).hexdigest()
+    metadata = {**metadata, "modelspec.hash_sha256": f"0x{digest}", "sshs_model_hash": digest}
     header = json.dumps({"__metadata__": dict(sorted(metadata.items())), **entries}, separators=(",", ":")).encode()
     header += b" " * (-len(header) % 8)  # tensors stay aligned
     return len(header).to_bytes(8, "little") + header + plain[8 + size :]
+
+
+def write_large(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], path: Path) -> None:
+    """A .safetensors file of whole models: put there in one step as by `write`, but tensor by tensor, without a copy of it in memory."""
+    with disk.whole(path) as part:
+        stream(tensors, metadata, part)
+
+
+def stream(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], path: Path) -> None:
+    """The same straight into the file at `path`, for folders that are written as a whole."""
+    order = sorted(tensors, key=lambda key: (-tensors[key].element_size(), key))  # the larger first: all stay aligned
+    entries: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))}
+    end = 0
+    for key in order:
+        begin, end = end, end + tensors[key].numel() * tensors[key].element_size()
+        entries[key] = {"dtype": _NAMES[tensors[key].dtype], "shape": list(tensors[key].shape), "data_offsets": [begin, end]}
+    header = json.dumps(entries, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % 8)
+    bodies: Iterator[Any] = (tensors[key].detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy() for key in order)
+    with path.open("wb") as file:
+        file.write(len(header).to_bytes(8, "little") + header)
+        for body in bodies:
+            file.write(body)
+
+
+def tensors_of(path: Path) -> dict[str, Tensor]:
+    """What a .safetensors file of our own making holds, unchecked."""
+    return safetensors.torch.load_file(path)
 
 
 def _read_safetensors(path: Path) -> Content:
@@ -152,9 +198,11 @@ def _read_torch(path: Path) -> Content:
     except Exception as error:  # a forged archive can make the unpickler raise anything
         reason = (str(error) or repr(error)).splitlines()[0]
         raise FormatError(f"cannot be unpickled as plain tensors ({reason}); fetch it again from a source you trust") from error
+    if (found := _embedding(content)) is not None:
+        return found
     params = content.get("params") if isinstance(content, dict) else None
     if not isinstance(params, dict) or not content.keys() <= {"params", "metadata"}:
-        raise FormatError("holds no 'params' dictionary as ED-LoRA files do; convert it to .safetensors first")
+        raise FormatError("holds no 'params' dictionary as ED-LoRA files do, and no embedding; convert it to .safetensors first")
     tensors = {}
     for section, entries in params.items():
         for name, tensor in (entries or {}).items() if isinstance(entries, dict | None) else [("", entries)]:
@@ -163,6 +211,19 @@ def _read_torch(path: Path) -> Content:
             tensors[f"params/{section}/{name}"] = tensor.detach()
     metadata = content.get("metadata") or {}
     return Content(tensors, {key: value for key, value in metadata.items() if isinstance(key, str) and isinstance(value, str)})
+
+
+def _embedding(content: object) -> Content | None:
+    """A Textual Inversion: A1111's `string_to_param`, or tensors under its keys, or a single one; None for anything else."""
+    if not isinstance(content, dict):
+        return None
+    old = isinstance(params := content.get("string_to_param"), dict)
+    entries, prefix = (params, embedding.TORCH) if old else (content, embedding.LEARNED)
+    if not entries or not all(isinstance(key, str) and _is_plain(tensor) for key, tensor in entries.items()):
+        return None
+    if not (old or len(entries) == 1 or embedding.known(list(entries))):
+        return None
+    return Content({f"{prefix}{key}": tensor.detach() for key, tensor in entries.items()})
 
 
 def _is_plain(tensor: object) -> bool:

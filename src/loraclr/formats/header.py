@@ -9,9 +9,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from loraclr.adapter import Adapter
+from loraclr.formats.notes import Notes, phrases
 
 TRIGGERS = "modelspec.trigger_phrase"
 ARCHITECTURE = "modelspec.architecture"
+SPECIFICATION = "modelspec.sai_model_spec"
 
 # Start of ss_base_model_version, start of modelspec.architecture, our word. Longer starts first.
 _FAMILIES = (
@@ -21,6 +23,13 @@ _FAMILIES = (
     ("sd3", "stable-diffusion-3", "sd3"),
     ("flux", "flux-1", "flux"),
 )
+# A1111 takes every file with a header for one of SD1.x, and hides it from other models, unless it says this.
+_VERSIONS = {
+    "sd1": {"ss_base_model_version": "sd_v1"},
+    "sd2": {"ss_base_model_version": "sd_v2", "ss_v2": "True"},
+    "sdxl": {"ss_base_model_version": "sdxl_base_v1-0"},
+    "flux": {"ss_base_model_version": "flux1"},
+}
 # True of the tensors they came with, false of any others.
 _STALE = {
     *("ss_network_module", "ss_network_dim", "ss_network_alpha", "ss_network_args"),
@@ -37,17 +46,34 @@ def family(metadata: Mapping[str, str], guess: str | None = None) -> str | None:
     return guess or architecture.removesuffix("/lora") or None
 
 
-def triggers(metadata: Mapping[str, str]) -> tuple[str, ...]:
-    """The stated trigger phrases; else what kohya's trainer noted: folder names (`10_sks man` -> `sks man`) and the most frequent tag."""
-    if stated := metadata.get(TRIGGERS, "").strip():
-        return tuple(dict.fromkeys(phrase.strip() for phrase in stated.split(",") if phrase.strip()))
+def triggers(metadata: Mapping[str, str], notes: Notes | None = None) -> tuple[tuple[str, ...], str]:
+    """The words that call an adapter, and who says so: the first that says anything of
+
+    what its user typed beside the file, `modelspec.trigger_phrase`, its page at Civitai, and what kohya's trainer noted: folder names
+    (`10_sks man` -> `sks man`) and the most frequent tag.
+    """
+    notes = notes or Notes()
     found = [match[1].strip() for folder in _object(metadata, "ss_dataset_dirs") if (match := re.fullmatch(r"\d+_(.+)", folder))]
     counts: Counter[str] = Counter()
-    for tags in _object(metadata, "ss_tag_frequency").values():
-        if isinstance(tags, dict):
-            counts.update({tag.strip(): count for tag, count in tags.items() if isinstance(count, int)})
-    found += [max(sorted(counts), key=lambda tag: counts[tag])] if counts else []
-    return tuple(dict.fromkeys(word for word in found if word))
+    for tags in tag_frequency(metadata):
+        counts.update(tags)
+    tag = [max(sorted(counts), key=lambda tag: counts[tag])] if counts else []
+    noted = " and ".join(key for key, words in (("ss_dataset_dirs", found), ("ss_tag_frequency", tag)) if words)
+    for words, source in (
+        (notes.typed, notes.typed_in),
+        (phrases(metadata.get(TRIGGERS)), TRIGGERS),
+        (notes.published, notes.published_in),
+        (tuple(dict.fromkeys(word for word in (*found, *tag) if word)), noted),
+    ):
+        if words:
+            return words, source
+    return (), ""
+
+
+def tag_frequency(metadata: Mapping[str, str]) -> list[dict[str, int]]:
+    """How often kohya's trainer saw each tag, one entry per folder of pictures."""
+    folders = [tags for tags in _object(metadata, "ss_tag_frequency").values() if isinstance(tags, dict)]
+    return [{tag.strip(): count for tag, count in tags.items() if isinstance(count, int)} for tags in folders]
 
 
 def trained_split(metadata: Mapping[str, str]) -> bool:
@@ -63,7 +89,8 @@ def outgoing(adapter: Adapter, extra: Mapping[str, str]) -> dict[str, str]:
     if adapter.family:
         spec = next((spec for _, spec, word in _FAMILIES if word == adapter.family), adapter.family)
         kept[ARCHITECTURE] = f"{spec}/lora"
-    return kept | dict(extra)
+        kept = _VERSIONS.get(adapter.family, {}) | kept
+    return kept | {SPECIFICATION: "1.0.1", **extra}
 
 
 def _object(metadata: Mapping[str, str], key: str) -> dict[str, Any]:

@@ -62,7 +62,14 @@ def scale(config: Mapping[str, Any], path: str, rank: int) -> float:
     stated = _number(_by_pattern(config, "rank_pattern", path, config.get("r", 8)), "r", path)
     if stated != rank:
         raise FormatError(f"{path}: the configuration says rank {stated:g}, its tensors have {rank}; the two do not belong together")
-    alpha = _number(_by_pattern(config, "alpha_pattern", path, config.get("lora_alpha", 8)), "lora_alpha", path)
+    return strength(config, path)
+
+
+def strength(config: Mapping[str, Any], path: str) -> float:
+    """What `scale` comes to, by the stated rank alone. `lora_alpha` is `alpha` in the configurations of LoHa and LoKr."""
+    rank = _number(_by_pattern(config, "rank_pattern", path, config.get("r", 8)), "r", path)
+    stated = config.get("lora_alpha", config.get("alpha", 8))
+    alpha = _number(_by_pattern(config, "alpha_pattern", path, stated), "lora_alpha", path)
     return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 
 COMPONENTS = ("unet", "transformer", "text_encoder", "text_encoder_2")
+FAMILIES = ("sd1", "sd2", "sdxl", "flux")
 
 # The first attribute of a path tells what kind of component it is in, for files that do not say.
 ROOTS = {

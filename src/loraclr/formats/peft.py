@@ -21,8 +21,12 @@ holds_tokens: bool = False
 CONFIG = "adapter_config.json"
 _KEY = re.compile(
     r"(?P<folder>[\w-]+/)?base_model\.model\.(?P<path>[\w.]+?)\."
-    r"(?:lora_(?P<factor>[AB])(?:\.default)?\.weight|lora_magnitude_vector(?:\.default)?(?:\.weight)?)"
+    r"(?:lora_(?P<factor>[AB])(?:\.default)?\.weight|lora_magnitude_vector(?:\.default)?(?:\.weight)?"
+    r"|(?P<part>(?:hada|lokr)_\w+?)(?:\.default)?)"
 )
+
+
+_DECOMPOSED = ("lokr_w2_b", "lokr_w2_b.default")  # where w1 stands whole, w2 alone may be decomposed
 
 
 def detect(keys: Iterable[str], metadata: Mapping[str, str]) -> bool:
@@ -34,8 +38,11 @@ def read(content: Content, base: BaseWeights | None = None) -> Adapter:
         key.removesuffix(CONFIG): loraconfig.parse(text, key) for key, text in content.metadata.items() if key.split("/")[-1] == CONFIG
     }
     for folder, config in configs.items():
-        if config.get("peft_type") != "LORA":
-            raise FormatError(f"{folder}{CONFIG}: peft_type is {config.get('peft_type')!r}; convert it to LORA with PEFT first")
+        if config.get("peft_type") not in ("LORA", "LOHA", "LOKR"):
+            raise FormatError(
+                f"{folder}{CONFIG}: peft_type is {config.get('peft_type')!r}, whose change is not known here; "
+                "LORA, LOHA and LOKR are read: convert it to one of these with PEFT"
+            )
         loraconfig.check(config, f"{folder}{CONFIG}")
     parts, unknown, folders = Parts(), [], dict[str, str]()
     for key, tensor in content.tensors.items():
@@ -49,7 +56,12 @@ def read(content: Content, base: BaseWeights | None = None) -> Adapter:
             raise FormatError(f"the weights of a PEFT folder without their {CONFIG}, which has the scale; pass the folder with both")
         name = names.canonical(component, match["path"])
         folders[name] = folder
-        if match["factor"]:
+        if match["part"]:
+            factor = 1.0
+            if match["part"] == "lokr_w1" and not {f"{key.rpartition('lokr_w1')[0]}{one}" for one in _DECOMPOSED} & content.tensors.keys():
+                factor = loraconfig.strength(configs[folder], match["path"])  # PEFT scales it all the same, kohya's tools do not
+            parts.put(name, match["part"], tensor * factor)
+        elif match["factor"]:
             parts.put(name, "lora_down" if match["factor"] == "A" else "lora_up", tensor)
         else:
             parts.put(name, "dora_scale", loraconfig.magnitude(tensor))

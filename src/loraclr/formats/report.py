@@ -9,6 +9,7 @@ from pathlib import Path
 
 from loraclr.adapter import Adapter, DenseLayer, LoraLayer
 from loraclr.formats import header, names
+from loraclr.formats.provenance import LICENSE
 
 
 @dataclass(frozen=True)
@@ -25,12 +26,25 @@ class FileReport:
     dtypes: tuple[str, ...]
     tokens: Mapping[str, tuple[int, ...]]
     triggers: tuple[str, ...]
+    licence: str  # as its header states, or its page at Civitai forbids; empty without any
     size: int  # bytes, without a tokens sidecar
-    sha256: str  # hex; of a folder, over its members
+    sha256: str  # hex; of a folder, over its members; Civitai's AutoV2 is how it begins
+    tensor_sha256: str | None  # of a .safetensors file without its header; A1111's hash and Civitai's AutoV3 are how it begins
+    trigger_source: str  # who says the triggers; empty without any
     warnings: tuple[str, ...]
 
 
-def report(adapter: Adapter, *, path: Path, format: str, dtypes: tuple[str, ...], size: int, sha256: str) -> FileReport:
+def report(
+    adapter: Adapter,
+    *,
+    path: Path,
+    format: str,
+    dtypes: tuple[str, ...],
+    size: int,
+    sha256: str,
+    tensor_sha256: str | None,
+    trigger_source: str,
+) -> FileReport:
     """The record of `adapter`, read from `path`, whose tensors are of the types `dtypes`."""
     low = [layer for layer in adapter if isinstance(layer, LoraLayer)]
     dense = [layer for layer in adapter if isinstance(layer, DenseLayer)]
@@ -45,8 +59,11 @@ def report(adapter: Adapter, *, path: Path, format: str, dtypes: tuple[str, ...]
         dtypes=dtypes,
         tokens={token: tuple(rows.shape) for token, rows in adapter.tokens.items()},
         triggers=adapter.triggers,
+        licence=adapter.metadata.get(LICENSE, ""),
         size=size,
         sha256=sha256,
+        tensor_sha256=tensor_sha256,
+        trigger_source=trigger_source,
         warnings=tuple(_warnings(adapter, low, format)),
     )
 

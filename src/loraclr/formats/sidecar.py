@@ -9,10 +9,10 @@ from torch import Tensor
 
 from loraclr import disk
 from loraclr.errors import FormatError
-from loraclr.formats import files
+from loraclr.formats import embedding, files
 from loraclr.formats.base import Content
 
-MARK = "loraclr.tokens"
+MARK = embedding.SIDECAR
 _ABOUT = {
     MARK: "1",
     "about": "Learned token embeddings of a CLIP text encoder. Each tensor is named after its token: (1, dim) for all layers, "
