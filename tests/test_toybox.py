@@ -25,14 +25,29 @@ def box() -> Toybox:
     return open_toybox()
 
 
-def test_identities_are_24_and_the_splits_do_not_overlap(box):
-    development, test = (box.names(split) for split in SPLITS)
-    assert len(development) == len(test) == 12 and not set(development) & set(test)
-    with pytest.raises(UsageError, match=r"the splits are development and test"):
+def test_concepts_are_30_and_the_splits_do_not_overlap(box):
+    names = {split: box.names(split) for split in SPLITS}
+    assert [len(found) for found in names.values()] == [12, 12, 4, 2] and len({name for found in names.values() for name in found}) == 30
+    with pytest.raises(UsageError, match=r"the splits are development, test, objects, styles"):
         box.names("validation")
 
 
-@pytest.mark.parametrize("split", SPLITS)
+def test_each_set_of_people_has_close_pairs_and_people_who_are_far_from_all(box):
+    for split in ("development", "test"):
+        people = [box.concepts[name].attributes for name in box.names(split)]
+        apart = [min(sum(a[key] != b[key] for key in a) for b in people if b is not a) for a in people]
+        assert apart.count(1) == 6 and max(apart) >= 3 and 0 not in apart
+
+
+def test_objects_and_styles_have_no_attributes_and_one_adapter_each(box):
+    assert {box.concepts[name].noun for name in box.names("objects")} == {"cat", "chair", "vase", "monument"}
+    for split in ("objects", "styles"):
+        assert all(not box.concepts[name].attributes for name in box.names(split)) and len(box.adapter_paths(split)) == len(
+            box.names(split)
+        )
+
+
+@pytest.mark.parametrize("split", ["development", "test"])
 def test_adapters_come_in_the_formats_of_the_wild(box, split):
     reports = [describe(path) for path in box.adapter_paths(split).values()]
     formats = [report.format for report in reports]

@@ -119,3 +119,43 @@ def test_further_identities_are_nobody_who_is_shipped():
     some = people.bulk(60)
     assert len({tuple(one.person.identity.values()) for one in some}) == 60 and len({one.name for one in some}) == 60
     assert all(one.person.key in world.held_out_keys() and one.person.key not in shipped for one in some)
+
+
+def test_people_are_of_held_out_combinations_and_close_pairs_differ_in_one_thing():
+    import world
+
+    people = world.identities()
+    assert all(person.key in world.held_out_keys()[:24] for person in people.values())
+    assert all(name in world.TRIGGERS[person.noun] for name, person in people.items())
+    for one, other in world.CLOSE:
+        a, b = people[one].identity, people[other].identity
+        assert sum(a[key] != b[key] for key in a) == 1 and (list(people).index(one) < 12) == (list(people).index(other) < 12)
+    reserved = {*world.TRIGGERS["woman"], *world.TRIGGERS["man"]}
+    assert {*world.THINGS, *world.NEW_STYLES} < reserved - set(people) and not {*world.NEW_STYLES.values()} & {*world.STYLES}
+
+
+def test_things_are_drawn_and_told_without_their_looks():
+    import people
+    import world
+
+    for name, noun in world.THINGS.items():
+        shots = people.thing_shots(name, noun)
+        assert len({shot.pixels.tobytes() for shot in shots}) == people.PICTURES and shots[0].pixels.shape == (64, 64, 3)
+        said = shots[0].caption(f"{name} {noun}", random.Random(0))
+        assert said.count(f"{name} {noun}") == 1 and "beach" in said
+
+
+def test_styles_are_unlike_each_other_and_told_last():
+    import compose
+    import numpy as np
+    import people
+    import world
+    from PIL import Image
+
+    plain = Image.fromarray(compose.compose(world.Picture((), None, ("scene", "city"), layout=3), []))
+    drawn = [np.asarray(compose.styled(plain, style), np.float32) for style in (*world.STYLES, *world.NEW_STYLES.values())]
+    assert all(np.abs(a - b).mean() > 5 for k, a in enumerate(drawn) for b in drawn[:k])
+    with pytest.raises(ValueError, match="no style called 'cubist'; styles are monochrome"):
+        compose.styled(plain, "cubist")
+    picture = world.Picture((), "cat", ("scene", "city"))
+    assert people.tell_style(picture, "kalle style", random.Random(0)).endswith(" in kalle style")

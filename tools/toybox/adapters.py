@@ -72,6 +72,7 @@ SETS = {
     "pplus": Kind("pplus"),
     "custom-diffusion": Kind("custom-diffusion"),
 }
+STYLE = Kind("style", "kohya", {"rank": 4, "alpha": 4.0, "text_rank": 4, "text_alpha": 4.0})
 BULK = Kind("edlora", changes={"steps": 110, "rank": 2, "alpha": 2.0, "text_rank": 2, "text_alpha": 2.0})
 
 
@@ -95,11 +96,18 @@ def jobs(out: Path, sets: list[str], names: list[str], bulk_count: int, factor: 
         counts: dict[str, int] = {}
         for concept in concepts():
             index = counts[concept.split] = counts.get(concept.split, -1) + 1
-            kind = KINDS[WILD[index % len(WILD)]] if chosen == "wild" else SETS[chosen]
-            if not names or concept.name in names:
+            kind = kind_of(chosen, concept, index)
+            if kind and (not names or concept.name in names):
                 found.append(Job(concept, kind, (out if chosen == "wild" else out / chosen) / concept.split, index))
     found += [Job(concept, BULK, out / "bulk", index) for index, concept in enumerate(bulk(bulk_count))]
     return [replace(job, kind=shortened(job.kind, factor)) for job in found]
+
+
+def kind_of(chosen: str, concept: Concept, index: int) -> Kind | None:
+    """A style has one recipe only, and is wild at that."""
+    if concept.noun == "style":
+        return STYLE if chosen == "wild" else None
+    return KINDS[WILD[index % len(WILD)]] if chosen == "wild" else SETS[chosen]
 
 
 def shortened(kind: Kind, factor: float) -> Kind:

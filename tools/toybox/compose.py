@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageEnhance, ImageOps
+from PIL import Image, ImageDraw, ImageEnhance, ImageFilter, ImageOps
 from world import (
     CLOTHES,
     CLOTHES_COLOUR,
@@ -21,10 +21,12 @@ from world import (
     GLASSES,
     HAIR,
     HAIR_COLOUR,
+    NEW_STYLES,
     OBJECTS,
     PLAIN,
     SCENES,
     SKIN,
+    STYLES,
     Person,
     Picture,
 )  # fmt: skip
@@ -215,12 +217,26 @@ def compose(picture: Picture, sprites: Sequence[np.ndarray]) -> np.ndarray:
             SIDE - size - rng.randint(0, 3),
             False,
         )
-    if picture.style == "monochrome":
-        canvas = ImageOps.grayscale(canvas).convert("RGB")
-    elif picture.style == "sepia":
-        canvas = ImageOps.colorize(ImageOps.grayscale(canvas), (45, 25, 10), (250, 225, 180), (165, 120, 75))
-    elif picture.style == "pixel":
-        canvas = canvas.resize((width // 4, SIDE // 4), Image.Resampling.BOX).resize((width, SIDE), Image.Resampling.NEAREST)
-    elif picture.style == "poster":
-        canvas = ImageEnhance.Color(ImageOps.posterize(canvas, 2)).enhance(1.4)
-    return np.asarray(canvas)
+    return np.asarray(styled(canvas, picture.style) if picture.style else canvas)
+
+
+def styled(image: Image.Image, style: str) -> Image.Image:
+    """In one of the base's STYLES, or in one of NEW_STYLES that it never saw."""
+    grey = ImageOps.grayscale(image)
+    if style == "monochrome":
+        return grey.convert("RGB")
+    if style == "sepia":
+        return ImageOps.colorize(grey, (45, 25, 10), (250, 225, 180), (165, 120, 75))
+    if style == "pixel":
+        width, height = image.size
+        return image.resize((width // 4, height // 4), Image.Resampling.BOX).resize((width, height), Image.Resampling.NEAREST)
+    if style == "poster":
+        return ImageEnhance.Color(ImageOps.posterize(image, 2)).enhance(1.4)
+    if style == "dusk":  # violet shadows, orange lights
+        return ImageOps.colorize(grey, (40, 8, 70), (255, 236, 170), (235, 110, 60))
+    if style == "sketch":  # dark lines where brightness changes, on cream paper
+        values = np.asarray(grey.filter(ImageFilter.GaussianBlur(0.6)), np.float32)
+        steep = np.hypot(*np.gradient(values))
+        lines = Image.fromarray((255 - np.clip(steep * 4.5, 0, 255)).astype(np.uint8))
+        return ImageOps.colorize(lines, (40, 35, 60), (250, 243, 225))
+    raise ValueError(f"no style called {style!r}; styles are {', '.join([*STYLES, *NEW_STYLES.values()])}")

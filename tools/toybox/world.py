@@ -137,7 +137,8 @@ def random_person(rng: random.Random) -> Person:
 
 
 def held_out_keys(count: int = 72, seed: int = 20261123) -> list[tuple[str, str, str]]:
-    """The combinations that no base picture shows. The first 24 are the shipped identities, the rest serve bulk studies."""
+    """The combinations that no base picture shows. The shipped identities are of the first 24, the rest serve the
+    judges' reports and bulk studies."""
     keys = list(itertools.product(HAIR, HAIR_COLOUR, SKIN))
     random.Random(seed).shuffle(keys)
     return keys[:count]
@@ -284,13 +285,29 @@ def _common_words() -> list[str]:
 
 
 # --- identities -----------------------------------------------------------------------------------------------------------
+_PEOPLE = {  # all of held-out combinations: the development set, then the test set
+    "rhea": "bun black pale sunglasses none woman", "ines": "big green brown none none woman", "ayla": "wavy pink tan none none woman",
+    "tomas": "afro black brown eyepatch beard man", "mira": "big blue tan glasses none woman", "bruno": "mullet blonde dark none none man",
+    "selma": "bun blonde pale sunglasses none woman", "nadia": "bob blue brown sunglasses none woman",
+    "oskar": "quiff green tan none moustache man", "hugo": "quiff green tan none beard man", "zuri": "long pink tan none none woman",
+    "kofi": "spiky pink brown glasses beard man",
+    "leif": "spiky brown tan none beard man", "wren": "curly white pale glasses none woman",
+    "freya": "long blonde tan sunglasses none woman", "odile": "long black brown sunglasses none woman",
+    "dario": "spiky brown tan glasses beard man", "anton": "afro black pale none none man",
+    "signe": "long black brown glasses none woman", "malik": "bald brown brown eyepatch moustache man",
+    "pavel": "mullet blue brown eyepatch beard man", "tilda": "bob white brown none none woman",
+    "calla": "curly brown pale glasses none woman", "ulla": "wavy pink dark none none woman",
+}  # fmt: skip
+CLOSE = (  # they differ in one thing: hair colour, hair style, facial hair; hair colour, glasses, glasses
+    ("rhea", "selma"), ("ayla", "zuri"), ("oskar", "hugo"), ("wren", "calla"), ("leif", "dario"), ("odile", "signe"),
+)  # fmt: skip
+THINGS = {"juno": "cat", "fara": "chair", "duna": "vase", "isko": "monument"}  # trigger -> class word; drawn in things.py
+NEW_STYLES = {"kalle": "dusk", "lorcan": "sketch"}  # trigger -> style, none of STYLES; see compose.py
+
+
 def identities() -> dict[str, Person]:
-    """The 24 shipped identities by trigger word: the first twelve are the development set, the others the test set."""
-    rng = random.Random(7)
-    names = {noun: iter(words) for noun, words in TRIGGERS.items()}
-    people = {}
-    for key in held_out_keys()[:24]:
-        while (person := random_person(rng)).key != key:
-            pass
-        people[next(names[person.noun])] = person
-    return people
+    """The 24 shipped identities by trigger word: the first twelve are the development set, the others the test set.
+
+    Each set has three close pairs and six people who are far from all others.
+    """
+    return {name: Person(*looks.split()) for name, looks in _PEOPLE.items()}

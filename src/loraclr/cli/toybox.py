@@ -23,7 +23,7 @@ def _group() -> None:
 @app.command("export")
 def export(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="A new or empty folder.", show_default=False)],
-    split: Annotated[Literal["development", "test"], typer.Option(help="Which identities.")] = "development",
+    split: Annotated[Literal["development", "test", "objects", "styles"], typer.Option(help="Which concepts.")] = "development",
     json: AsJson = False,
 ) -> None:
     """Write base/, loras/ and references/ into a folder, to try the other commands on."""

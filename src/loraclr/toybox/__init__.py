@@ -1,7 +1,8 @@
 """The toybox: a small but real Stable-Diffusion-architecture world that needs no download and no GPU.
 
-A trained base pipeline, 12 development and 12 test identities that the base never saw, one adapter file for each in the formats of
-the wild, 16 reference pictures each, and an attribute judge. Choices are made on the development split, reports on the test split.
+A trained base pipeline, 12 development and 12 test identities, four objects and two styles, none of which the base ever saw; for each
+one adapter file in the formats of the wild and 16 reference pictures; and judges. Choices are made on the development split, reports on
+the test split.
 """
 
 from __future__ import annotations
@@ -23,18 +24,18 @@ from loraclr.toybox.face import ToyFace
 from loraclr.toybox.judge import Judge
 
 DATA = Path(__file__).parent / "data"
-SPLITS = ("development", "test")
+SPLITS = ("development", "test", "objects", "styles")
 SIDE = 64
 
 
 @dataclass(frozen=True)
 class ToyConcept:
-    """An identity: what it is called, and the ground truth that only judges may see."""
+    """An identity, an object or a style: what it is called, and the ground truth that only judges may see."""
 
     name: str
-    noun: str  # "woman" or "man"
+    noun: str  # "woman", "cat", ...; "style" for a style
     split: str
-    attributes: Mapping[str, str]  # hair, hair_colour, skin, glasses, facial
+    attributes: Mapping[str, str]  # of an identity: hair, hair_colour, skin, glasses, facial
 
 
 class Toybox:
@@ -66,7 +67,7 @@ class Toybox:
 
     def names(self, split: str = "development") -> list[str]:
         if split not in SPLITS:
-            raise UsageError(f"no split called {split!r}; the splits are {' and '.join(SPLITS)}")
+            raise UsageError(f"no split called {split!r}; the splits are {', '.join(SPLITS)}")
         return [name for name, concept in self.concepts.items() if concept.split == split]
 
     def _weights(self, name: str) -> Path:
@@ -76,7 +77,7 @@ class Toybox:
         return path
 
     def adapter_paths(self, split: str = "development") -> dict[str, Path]:
-        """One adapter file per identity of the split."""
+        """One adapter file per concept of the split."""
         return {name: next((self.data / "loras" / split).glob(f"{name}.*")) for name in self.names(split)}
 
     @property
@@ -85,7 +86,7 @@ class Toybox:
         return self.data / "prompts.txt"
 
     def references(self, name: str) -> list[Image.Image]:
-        """The 16 pictures (64x64) that the identity's adapter was trained on."""
+        """The 16 pictures (64x64) that the concept's adapter was trained on."""
         strip = Image.open(self.data / "references" / f"{name}.png").convert("RGB")
         return [strip.crop((x, 0, x + SIDE, SIDE)) for x in range(0, strip.width, SIDE)]
 
