@@ -57,7 +57,7 @@ class Row:
 
 @dataclass(frozen=True, eq=False)
 class Evaluation:
-    """Rows: the control `references`, the control `base`, then the variants in order."""
+    """Rows: the control `references`, the control `base` unless it was left out, then the variants in order."""
 
     rows: tuple[Row, ...]
     settings: Mapping[str, Any]
@@ -82,9 +82,10 @@ class Evaluation:
         }
 
     def differences(self) -> list[tuple[str, str, dict[str, Estimate]]]:
-        """Every variant against the base, and the later ones against the first."""
-        base, *variants = [row.label for row in self.rows[1:]]
-        pairs = [(label, base) for label in variants] + [(label, variants[0]) for label in variants[1:]]
+        """Every variant against the base where it is there, and the later ones against the first."""
+        labels = [row.label for row in self.rows[1:]]
+        variants = [label for label in labels if label != "base"]
+        pairs = [(label, "base") for label in variants if "base" in labels] + [(label, variants[0]) for label in variants[1:]]
         return [(label, against, self.difference(label, against)) for label, against in pairs]
 
     def report(self) -> dict[str, Any]:

@@ -58,12 +58,14 @@ def evaluate(
     negative: str = "",
     size: tuple[int, int] | None = None,
     batch_size: int = 4,
+    control: bool = True,
     progress: Callable[[str, float], None] | None = None,
 ) -> Evaluation:
     """Draw, judge, and tabulate: one row per variant, and two controls. `prompts` may be a mapping to groups, as `read_prompts` gives it.
 
     The control `base` has no adapter and the class noun in place of the call; `references` is how the judges rate each reference
-    picture against the others of its concept, which is about the best that generated pictures can reach. `prompts` hold one {} or
+    picture against the others of its concept, which is about the best that generated pictures can reach. `control` False leaves `base`
+    out, where another trial of the same prompts and seeds has it. `prompts` hold one {} or
     <TOK> each for the concept's words. Pictures go to OUTPUT/pictures/LABEL/CONCEPT/, the result to OUTPUT/evaluation.json. Without
     a face judge there is no identity. Raises UsageError with everything that is wrong with the arguments before anything is drawn, and
     WriteError where another trial is at work in OUTPUT.
@@ -89,7 +91,7 @@ def evaluate(
     jobs = [(number, seed) for number in range(len(templates)) for seed in seeds]
     drawn, rows = 0, [judges.references(REFERENCES)]
     shown = root / "pictures"
-    labels: list[tuple[str, Variant | None]] = [(BASE, None), *wanted.items()]
+    labels: list[tuple[str, Variant | None]] = [*([(BASE, None)] if control else []), *wanted.items()]
     unlike = {id(adapter): adapter for variant in wanted.values() for adapter in map(variant.of, (one.name for one in subjects))}
     for each in unlike.values():
         with pipeline.applied(each):

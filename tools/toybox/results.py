@@ -1,0 +1,307 @@
+"""The paper's Table 1 and what belongs to it, on the toybox: `python results.py LORAS OUT.json [ENTRY ...]`, on the *test* identities.
+
+Every entry merges the twelve adapters of one recipe by one method. Its pictures, and those of each adapter alone, of the base with the
+class word and of somebody else's adapter, are drawn for the same twenty prompts and seeds and judged by ToyClip (text, image), ToyFace
+(identity, leakage) and the attribute judge. LORAS holds RECIPE/test/, as `adapters.py` leaves them; the mixed inputs are the toybox's
+own files. Merges and pictures are kept in --work and found again by what made them; finished rows are kept in OUT.json, which has
+the values of every picture.
+
+    --figure counts     Fig. 5: 2, 5, 8 and 12 concepts in three orders
+    --figure margins    Fig. 8: margin and lambda
+    --figure inputs     adapters trained half and a quarter as long: LORAS/half/RECIPE/test, LORAS/quarter/RECIPE/test
+    --check N           draw N pictures of OUT.json anew, picked at random, and compare their values
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import math
+import random
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from loraclr import __version__
+from loraclr.adapter import Adapter
+from loraclr.collect import Collection
+from loraclr.evaluate import Row, Subject, Variant, evaluate
+from loraclr.evaluate.subjects import read_prompts
+from loraclr.formats import load_adapter, save_adapter
+from loraclr.merge import merge
+from loraclr.pipeline import Pipeline
+from loraclr.toybox import Toybox, open_toybox
+from loraclr.toybox.judge import agreement
+
+SPLIT = "test"
+COMPARED = ("text", "image", "face_cosine", "attributes")  # of a picture drawn again; the others are thresholds on these
+MEASURES = ("text", "image", "identity", "face_cosine", "leakage", "attributes")
+Known = dict[str, dict[str, Any]]  # row label -> what is in OUT.json
+# Chosen on the development identities, see docs/toybox.md.
+TUNED: Mapping[str, Mapping[str, Any]] = {"sum": {"scale": 0.15}, "svd": {"scale": 0.15}}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One merge: the recipe's adapters of `names` (all twelve when empty), by `method`."""
+
+    recipe: str
+    method: str
+    parameters: Mapping[str, Any] = field(default_factory=dict)
+    names: tuple[str, ...] = ()
+    paper: tuple[float, ...] = ()  # text, image, identity: single and merged each, as published
+
+    @property
+    def needs_statistics(self) -> bool:
+        return self.method.startswith("loraclr") and not self.method.startswith("loraclr-reference")
+
+
+TABLE = {
+    "P+": Entry("pplus", "pplus", paper=(0.643, 0.643, 0.683, 0.683, 0.515, 0.515)),
+    "Custom Diffusion": Entry("custom-diffusion", "custom-diffusion", paper=(0.668, 0.673, 0.648, 0.623, 0.504, 0.408)),
+    "DB-LoRA (FedAvg)": Entry("lora", "average", paper=(0.613, 0.682, 0.744, 0.531, 0.683, 0.098)),
+    "MoS (FedAvg)": Entry("edlora", "average", paper=(0.625, 0.621, 0.745, 0.735, 0.728, 0.706)),
+    "MoS (gradient fusion)": Entry("edlora", "gradient-fusion", paper=(0.625, 0.631, 0.745, 0.729, 0.728, 0.717)),
+    "Orthogonal Adaptation": Entry("orthogonal", "orthogonal", paper=(0.624, 0.644, 0.748, 0.741, 0.740, 0.745)),
+    "LoRACLR, paper": Entry("edlora", "loraclr-reference:paper", paper=(0.668, 0.665, 0.766, 0.776, 0.799, 0.828)),
+    "LoRACLR, released code": Entry("edlora", "loraclr-reference:official"),
+    "LoRACLR, exact optimum": Entry("edlora", "loraclr:exact"),
+    "loraclr (ours)": Entry("edlora", "loraclr"),
+    "loraclr (ours), DB-LoRA inputs": Entry("lora", "loraclr"),
+    "loraclr (ours), mixed inputs": Entry("wild", "loraclr"),
+    "LoRACLR, paper, mixed inputs": Entry("wild", "loraclr-reference:paper"),
+    "average, mixed inputs": Entry("wild", "average"),
+    "sum, tuned": Entry("edlora", "sum", TUNED["sum"]),
+    "svd, tuned": Entry("edlora", "svd", TUNED["svd"]),
+}
+
+
+def counts(names: Sequence[str]) -> dict[str, Entry]:
+    """Nested random subsets: the first two of each order stay in all of them."""
+    found = {}
+    for order in range(3):
+        shuffled = random.Random(f"order {order}").sample(list(names), len(names))
+        for count in (2, 5, 8, 12):
+            for method in ("average", "loraclr-reference:paper", "loraclr"):
+                found[f"{count} concepts, order {order}, {method}"] = Entry("edlora", method, names=tuple(shuffled[:count]))
+    return found
+
+
+def margins(names: Sequence[str]) -> dict[str, Entry]:
+    found = {}
+    for count in (5, 12):
+        for mode in ("absolute", "relative"):
+            for margin in (0.0, 0.25, 0.5, 1.0) if mode == "absolute" else (0.5, 1.0):
+                for penalty in (0.0, 0.001, 0.1):
+                    settings = {"margin": margin, "margin_mode": mode, "penalty": penalty, "distance": "rms"}
+                    label = f"{count} concepts, {mode} margin {margin:g}, lambda {penalty:g}"
+                    found[label] = Entry("edlora", "loraclr", settings, tuple(names[:count]))
+    return found
+
+
+def inputs(names: Sequence[str]) -> dict[str, Entry]:
+    del names
+    recipes = [(part, recipe) for part in ("quarter", "half") for recipe in ("lora", "edlora")]
+    return {f"{part} of the steps, {recipe}": Entry(f"{part}/{recipe}", "loraclr") for part, recipe in recipes}
+
+
+FIGURES = {"counts": counts, "margins": margins, "inputs": inputs}
+
+
+# ---- what is drawn
+
+
+class Bench:
+    """A toybox with everything that rows need, opened once in each process."""
+
+    def __init__(self, loras: Path, work: Path, seeds: int) -> None:
+        torch.set_num_threads(1)
+        self.box: Toybox = open_toybox()
+        self.loras, self.work, self.seeds = loras, work, seeds
+        self.pipeline: Pipeline = self.box.load()
+        self.prompts = read_prompts(self.box.prompts_path)
+
+    def names(self, entry: Entry) -> list[str]:
+        return list(entry.names) or self.box.names(SPLIT)
+
+    def files(self, entry: Entry) -> dict[str, Path]:
+        if entry.recipe == "wild":
+            return {name: self.box.adapter_paths(SPLIT)[name] for name in self.names(entry)}
+        folder = self.loras / entry.recipe / SPLIT
+        return {name: next(path for path in folder.iterdir() if path.stem == name) for name in self.names(entry)}
+
+    def adapters(self, entry: Entry) -> dict[str, Adapter]:
+        return {name: load_adapter(path, base=self.pipeline) for name, path in self.files(entry).items()}
+
+    def merged(self, entry: Entry) -> tuple[Adapter, dict[str, Any]]:
+        """The merge and what it took, from --work if it was made before from the same files."""
+        files = self.files(entry)
+        key = hashlib.sha256(repr((entry.method, sorted(entry.parameters.items()), __version__)).encode())
+        for path in (*files.values(), self.box.base_path / "unet" / "diffusion_pytorch_model.safetensors"):
+            key.update(path.read_bytes())
+        file = self.work / "merged" / f"{key.hexdigest()[:24]}.safetensors"
+        noted = file.with_suffix(".json")
+        if not noted.exists():
+            began = time.process_time()
+            result = merge(
+                list(files.values()), base=self.pipeline, method=entry.method, parameters=entry.parameters,
+                collection=Collection() if entry.needs_statistics else None, name="merged",
+            )  # fmt: skip
+            told = {"merge_seconds": round(time.process_time() - began, 1), "rank": max((layer.rank for layer in result.layers), default=0)}
+            told |= {"hinge": share_active(result.layers)} if entry.needs_statistics else {}
+            file.parent.mkdir(parents=True, exist_ok=True)
+            save_adapter(result.adapter, file, format="diffusers")
+            noted.write_text(json.dumps(told) + "\n")
+        return load_adapter(file, base=self.pipeline), json.loads(noted.read_text())
+
+    def subjects(self, calls: Mapping[str, str]) -> list[Subject]:
+        return [Subject(name, call, self.box.concepts[name].noun, self.box.references(name)) for name, call in calls.items()]
+
+    def draw(self, label: str, variant: Variant, calls: Mapping[str, str], prompts: Mapping[str, str] | None = None) -> Row:
+        """Draws and judges; the pictures are in a folder named after `label`."""
+        folder = self.work / "pictures" / hashlib.sha256(label.encode()).hexdigest()[:16]
+        with torch.autocast("cpu", torch.bfloat16):
+            found = evaluate(
+                self.pipeline, {"row": variant}, self.subjects(calls), prompts=prompts or self.prompts, judge=self.box.clip,
+                face=self.box.face, output=folder, seeds=range(self.seeds), batch_size=8, control=False,
+            )  # fmt: skip
+        row = found.row("row")
+        return replace(row, values={**row.values, "attributes": self.attributes(folder, row)})
+
+    def attributes(self, folder: Path, row: Row) -> Tensor:
+        """(n,) share of the identity's attributes that the judge finds."""
+        found = []
+        for start in range(0, len(row.files), 64):
+            images = [Image.open(folder / file).convert("RGB") for file in row.files[start : start + 64]]
+            people = [self.box.concepts[name].attributes for name in row.concepts[start : start + 64]]
+            found.append(agreement(self.box.judge.read(images), people, self.box.judge.heads))
+        return torch.cat(found)
+
+
+def share_active(layers: Sequence[Any]) -> float | None:
+    """The share of layers in which a hinge was active at the optimum."""
+    told = [layer.diagnostics["hinge_active"] for layer in layers if "hinge_active" in layer.diagnostics]
+    return round(sum(value > 0 for value in told) / len(told), 3) if told else None
+
+
+def rows(entries: Mapping[str, Entry]) -> dict[str, tuple[str, Entry]]:
+    """Row label -> kind and entry: the controls and every recipe's adapters alone come first."""
+    found: dict[str, tuple[str, Entry]] = {}
+    for entry in entries.values():
+        whole = Entry(entry.recipe, "none")
+        found.setdefault("base, class word", ("base", whole))
+        found.setdefault(f"wrong adapter, {entry.recipe}", ("wrong", whole))
+        found.setdefault(f"alone, {entry.recipe}", ("alone", whole))
+    return found | {name: ("merged", entry) for name, entry in entries.items()}
+
+
+def variant_of(bench: Bench, kind: str, entry: Entry) -> tuple[Variant, dict[str, str], dict[str, Any]]:
+    """What is drawn, the words it is called by, and notes."""
+    names = bench.names(entry)
+    nouns = {name: bench.box.concepts[name].noun for name in names}
+    if kind == "base":
+        return Variant(Adapter({}, name="nothing")), nouns, {}
+    adapters = bench.adapters(entry)
+    if kind == "wrong":
+        shifted = {name: adapters[names[(k + 5) % len(names)]] for k, name in enumerate(names)}
+        return Variant(shifted), {name: f"{name} {noun}" for name, noun in nouns.items()}, {}
+    calls = {name: adapter.call for name, adapter in adapters.items()}
+    if kind == "alone":
+        return Variant(adapters), calls, {}
+    merged, notes = bench.merged(entry)
+    return Variant(merged), calls, notes
+
+
+def draw_row(loras: Path, work: Path, seeds: int, label: str, kind: str, entry: Entry) -> dict[str, Any]:
+    bench = Bench(loras, work, seeds)
+    variant, calls, notes = variant_of(bench, kind, entry)
+    began = time.process_time()
+    row = bench.draw(label, variant, calls)
+    drawn = {"concepts": list(calls), "prompts": len(bench.prompts), "seeds": seeds}
+    told = {"kind": kind, "recipe": entry.recipe, "method": entry.method, "parameters": dict(entry.parameters)}
+    values = {name: rounded(row.values[name]) for name in MEASURES if name in row.values}
+    return {**told, **drawn, **notes, "drawing_seconds": round(time.process_time() - began, 1), "values": values}
+
+
+def rounded(values: Tensor) -> list[float | None]:
+    return [None if math.isnan(value) else round(value, 4) for value in values.tolist()]
+
+
+# ---- what is written
+
+
+def save(path: Path, rows: Known) -> None:
+    """A row a line."""
+    lines = ",\n".join(f" {json.dumps(name)}: {json.dumps(row)}" for name, row in rows.items())
+    part = path.with_suffix(".part")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part.write_text(f"{{\n{lines}\n}}\n")
+    part.rename(path)
+
+
+def checked(loras: Path, work: Path, known: Known, count: int, seed: int) -> Iterator[tuple[str, dict[str, float]]]:
+    """Row, and how far values of its pictures, drawn anew, are from the known ones: eight pictures a row, `count` in all."""
+    rng = random.Random(seed)
+    for label in rng.sample(sorted(known), min(len(known), math.ceil(count / 8))):
+        row = known[label]
+        bench = Bench(loras, work, row["seeds"])
+        variant, calls, _ = variant_of(bench, row["kind"], Entry(row["recipe"], row["method"], row["parameters"], tuple(row["concepts"])))
+        order = list(bench.prompts)
+        chosen = {prompt: bench.prompts[prompt] for prompt in rng.sample(order, max(1, 4 // row["seeds"]))}
+        again = bench.draw(f"check {seed} {label}", variant, dict(rng.sample(sorted(calls.items()), 2)), chosen)
+        places = [
+            (row["concepts"].index(name) * len(order) + order.index(prompt)) * row["seeds"] + number
+            for name, prompt, number in zip(again.concepts, again.prompts, again.seeds, strict=True)
+        ]
+        was = {name: torch.tensor([row["values"][name][place] for place in places]) for name in COMPARED}
+        yield label, {name: float((again.values[name] - was[name]).abs().max()) for name in COMPARED}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("loras", type=Path)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("entries", nargs="*", help="entries whose name begins so; all without")
+    parser.add_argument("--figure", choices=FIGURES)
+    parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--work", type=Path, default=Path("build/results"))
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--check", type=int, metavar="N", default=0)
+    arguments = parser.parse_args()
+    known = json.loads(arguments.out.read_text()) if arguments.out.exists() else {}
+    if arguments.check:
+        seed = random.SystemRandom().randrange(10_000)
+        worst = 0.0
+        for label, apart in checked(arguments.loras, arguments.work, known, arguments.check, seed):
+            print(f"{label:40} {json.dumps({name: round(value, 4) for name, value in apart.items()})}", flush=True)
+            worst = max(worst, apart["text"], apart["image"])
+        if worst > 0.1:
+            raise SystemExit(
+                f"a picture's score is {worst:.3f} from the one in {arguments.out}: other weights, other libraries, or a mistake"
+            )
+        return
+    entries = FIGURES[arguments.figure](open_toybox().names(SPLIT)) if arguments.figure else TABLE
+    wanted = {name: entry for name, entry in entries.items() if not arguments.entries or name.startswith(tuple(arguments.entries))}
+    todo = {label: job for label, job in rows(wanted).items() if label not in known}
+    common = (draw_row, arguments.loras, arguments.work, arguments.seeds)
+    with ProcessPoolExecutor(arguments.workers) as pool:
+        jobs = {pool.submit(*common, label, kind, entry): label for label, (kind, entry) in todo.items()}
+        for job in as_completed(jobs):
+            known[jobs[job]] = job.result()
+            order = [label for label in rows(entries) if label in known]
+            save(arguments.out, {label: known[label] for label in order})
+            shown = {name: round(mean(v for v in values if v is not None), 3) for name, values in job.result()["values"].items()}
+            print(f"{jobs[job]:40} {json.dumps(shown)}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
