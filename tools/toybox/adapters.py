@@ -14,14 +14,14 @@ import os
 import random
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from people import Concept, bulk, concepts
+from people import SPLITS, Concept, bulk, concepts
 from PIL import Image
 from safetensors.torch import save_file
 from shown import pictures as draw
@@ -90,14 +90,14 @@ class Job:
         return self.folder / f"{self.concept.name}{'.pth' if self.kind.file == 'edlora' else '.safetensors'}"
 
 
-def jobs(out: Path, sets: list[str], names: list[str], bulk_count: int, factor: float) -> list[Job]:
+def jobs(out: Path, sets: list[str], names: list[str], bulk_count: int, factor: float, splits: Collection[str] = SPLITS) -> list[Job]:
     found = []
     for chosen in sets:
         counts: dict[str, int] = {}
         for concept in concepts():
             index = counts[concept.split] = counts.get(concept.split, -1) + 1
             kind = kind_of(chosen, concept, index)
-            if kind and (not names or concept.name in names):
+            if kind and concept.split in splits and (not names or concept.name in names):
                 found.append(Job(concept, kind, (out if chosen == "wild" else out / chosen) / concept.split, index))
     found += [Job(concept, BULK, out / "bulk", index) for index, concept in enumerate(bulk(bulk_count))]
     return [replace(job, kind=shortened(job.kind, factor)) for job in found]
@@ -203,6 +203,7 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("sets", nargs="*", metavar="SET", help=f"wild, {', '.join(SETS)}; wild if none is given")
     parser.add_argument("--names", nargs="*", default=[], help="only these concepts")
+    parser.add_argument("--splits", nargs="*", default=SPLITS, choices=SPLITS, help="only these")
     parser.add_argument("--steps-factor", type=float, default=1.0, help="of every recipe's steps")
     parser.add_argument("--bulk", type=int, default=0, metavar="N", help="further identities, by a short recipe")
     parser.add_argument("--workers", type=int, default=2)
@@ -210,7 +211,8 @@ def main() -> None:
     if unknown := [name for name in arguments.sets if name not in ("wild", *SETS)]:
         parser.error(f"no set {unknown[0]!r}; there are wild, {', '.join(SETS)}")
     sets = arguments.sets or ([] if arguments.bulk else ["wild"])
-    wanted = [job for job in jobs(arguments.out, sets, arguments.names, arguments.bulk, arguments.steps_factor) if not job.path.exists()]
+    every = jobs(arguments.out, sets, arguments.names, arguments.bulk, arguments.steps_factor, arguments.splits)
+    wanted = [job for job in every if not job.path.exists()]
     pictures = arguments.out / "pictures"
     for noun in sorted({job.concept.noun for job in wanted if make_recipe(f"{job.kind.recipe}:toybox").prior_weight}):
         write_class_pictures(pictures / f"class-{noun}", noun, arguments.base)

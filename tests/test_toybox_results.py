@@ -1,0 +1,96 @@
+"""The tables of tools/toybox: which rows there are, what is paired with what, what is written where."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+TOOLS = Path(__file__).parents[1] / "tools" / "toybox"
+
+
+@pytest.fixture(autouse=True)
+def _tools(monkeypatch):
+    monkeypatch.syspath_prepend(str(TOOLS))
+    known = set(sys.modules)
+    yield
+    for name in set(sys.modules) - known:
+        if str(getattr(sys.modules[name], "__file__", "")).startswith(str(TOOLS)):
+            del sys.modules[name]
+
+
+def row(kind, values, *, concepts=("a", "b"), seeds=1, recipe="edlora", **notes):
+    """Two prompts a concept; the same values for every measure."""
+    shared = {name: list(values) for name in ("text", "image", "identity", "attributes", "leakage")}
+    return {"kind": kind, "recipe": recipe, "concepts": list(concepts), "prompts": 2, "seeds": seeds, "values": shared, **notes}
+
+
+def test_every_entry_is_drawn_beside_its_adapters_alone_and_the_controls_once():
+    import results
+
+    rows = results.rows(results.TABLE)
+    assert {entry.recipe for entry in results.TABLE.values()} == {
+        label.removeprefix("alone, ") for label, (kind, _) in rows.items() if kind == "alone"
+    }
+    assert [label for label, (kind, _) in rows.items() if kind == "base"] == ["base, class word"]
+    assert [label for label, (kind, _) in rows.items() if kind == "merged"] == list(results.TABLE)
+    assert all(len(entry.paper) in (0, 6) for entry in results.TABLE.values())
+
+
+def test_subsets_are_nested_and_differ_between_orders():
+    import results
+
+    names = [f"n{k}" for k in range(12)]
+    entries = results.counts(names)
+    for order in range(3):
+        sets = [entries[f"{count} concepts, order {order}, loraclr"].names for count in (2, 5, 8, 12)]
+        assert [len(one) for one in sets] == [2, 5, 8, 12] and set(sets[-1]) == set(names)
+        assert all(later[: len(earlier)] == earlier for earlier, later in itertools.pairwise(sets))
+    assert len({entries[f"2 concepts, order {order}, loraclr"].names for order in range(3)}) == 3
+
+
+def test_a_difference_is_of_the_same_pictures():
+    import report
+
+    alone = row("alone", [1.0, 0.0, 0.5, 0.5], concepts=("a", "b"))
+    merged = row("merged", [0.5, 0.25], concepts=("b",))  # a subset: b's pictures only
+    found = report.difference(merged, alone, "identity")
+    assert found.mean == pytest.approx((0.5 - 0.5 + 0.25 - 0.5) / 2) and found.count == 2
+    more = row("merged", [1.0, 9.0, 1.0, 9.0], concepts=("a",), seeds=2)  # of its seeds, only those that both have
+    assert report.difference(more, alone, "identity").mean == pytest.approx((1.0 - 1.0 + 1.0 - 0.0) / 2)
+
+
+def test_rows_drawn_anew_must_lie_within_the_committed_intervals():
+    import report
+
+    known = {"x": row("merged", [0.0, 1.0, 0.0, 1.0])}
+    assert report.apart(known, {"x": row("merged", [0.5, 0.5, 0.5, 0.5])}) == []
+    (problem, *_) = report.apart({"x": row("merged", [0.5, 0.5, 0.5, 0.5])}, {"x": row("merged", [0.5, 0.5, 0.5, 0.6])})
+    assert "x: text 0.525" in problem
+    assert report.apart(known, {"y": known["x"]}) == ["y: not among the committed rows"]
+
+
+def test_tables_are_written_between_their_marks_and_nowhere_else(tmp_path, monkeypatch):
+    import report
+    import results
+
+    name = next(iter(results.TABLE))
+    recipe = results.TABLE[name].recipe
+    known = {
+        f"alone, {recipe}": row("alone", [1, 1, 1, 1], recipe=recipe),
+        name: row("merged", [1, 0, 1, 1], recipe=recipe, merge_seconds=2),
+    }
+    (tmp_path / "table1.json").write_text(json.dumps(known))
+    page = tmp_path / "results.md"
+    page.write_text("".join(f"<!-- {mark} -->\nold\n<!-- end of {mark} -->\nkept\n" for mark in ("table1", "controls", "paper")))
+    monkeypatch.setattr(sys, "argv", ["report.py", str(tmp_path), str(page)])
+    report.main()
+    text = page.read_text()
+    assert "old" not in text and text.count("kept\n") == 3 and f"| {name} | {recipe} | 1.000, .750 | -.250 (" in text
+    page.write_text("nothing to write to\n")
+    with pytest.raises(SystemExit, match="table1"):
+        report.main()
+    assert page.read_text() == "nothing to write to\n"
