@@ -11,6 +11,7 @@ concepts and prompts anew.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import tempfile
 import time
@@ -39,6 +40,18 @@ from loraclr.toybox.judge import Judge
 
 CONCEPTS = 12
 STAGES = ("text", "keys", "spatial")
+# Six settings for every baseline that has something to choose; `sum` and the published optimiser have theirs in `settings`.
+TUNED: Mapping[str, Mapping[str, tuple[Any, ...]]] = {
+    "gradient-fusion": {"spatial_steps": (20, 50, 200), "steps": (100, 500)},
+    "regmean": {"off_diagonal": (0.5, 0.8, 0.9, 0.95, 0.99, 1.0)},
+    "custom-diffusion": {"ridge": (1e-3, 1e-2, 1e-1), "others": ("average", "none")},
+    "svd": {"scale": (0.1, 0.15, 0.2), "rank": (None, 32)},
+    "ties": {"scale": (1.0, 2.0, 4.0), "density": (0.2, 0.5)},
+    "dare-linear": {"scale": (0.1, 0.15, 0.2), "density": (0.5, 0.9)},
+    "dare-ties": {"scale": (1.0, 2.0, 4.0), "density": (0.5, 0.9)},
+    "magnitude-prune": {"scale": (0.1, 0.15, 0.2), "density": (0.2, 0.5)},
+    "knots": {"scale": (1.0, 2.0, 4.0), "density": (0.2, 0.5)},
+}
 RANKS = (4, 8, 16, 32, 64)  # the row `loraclr` is uncut; rank_plot.py draws these
 
 
@@ -114,6 +127,13 @@ def settings() -> dict[str, Setting]:
         rows[f"loraclr-reference:{preset}"] = Setting(f"loraclr-reference:{preset}", collection=None)
     for rate in (1e-3, 3e-3):
         rows[f"paper at learning rate {rate:g}"] = Setting("loraclr-reference:paper", {"learning_rate": rate}, collection=None)
+    for steps, rate in ((200, 1e-3), (200, 3e-3)):
+        parameters = {"learning_rate": rate, "steps": steps}
+        rows[f"paper at learning rate {rate:g}, {steps} steps"] = Setting("loraclr-reference:paper", parameters, collection=None)
+    for method, choices in TUNED.items():
+        for values in itertools.product(*choices.values()):
+            parameters = dict(zip(choices, values, strict=True))
+            rows[f"{method}, {', '.join(f'{name} {value}' for name, value in parameters.items())}"] = Setting(method, parameters, None)
     return rows
 
 
