@@ -3,7 +3,12 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 
-.PHONY: toybox help demo test check fix bench docs fuzz crash
+# What the evidence is drawn from and kept in.
+LORAS := tools/toybox/loras
+EVIDENCE := docs/evidence
+RESULTS := OMP_NUM_THREADS=1 $(BIN)/python -W ignore tools/toybox/results.py $(LORAS)
+
+.PHONY: toybox results results-full help demo test check fix bench docs fuzz crash
 
 help:
 	@echo "make demo    merge twelve concepts offline and write demo/report.html"
@@ -14,6 +19,8 @@ help:
 	@echo "make docs    rewrite what is made from the code: docs/methods.md and the README's table"
 	@echo "make fuzz    12,000 damaged files through every reader"
 	@echo "make crash   kill merges, trainings and packs at random moments, look at what is left, run them again"
+	@echo "make results the paper's Table 1 drawn anew on the toybox and compared with docs/results.md: under an hour of two cores"
+	@echo "make results-full  that and the figures, whatever is not there yet: hours"
 	@echo "make toybox  train the toybox's adapters anew and measure them: needs a trained base in build/, and hours"
 
 demo: .venv/diffusion.stamp
@@ -38,6 +45,22 @@ bench: .venv/dev.stamp
 
 docs: .venv/dev.stamp
 	$(BIN)/loraclr methods --markdown .
+
+# Draws Table 1 anew beside the committed rows, says where they disagree, and draws some pictures of every kind of row again.
+results: .venv/dev.stamp
+	$(RESULTS) build/results/table1.json
+	$(BIN)/python tools/toybox/report.py $(EVIDENCE) docs/results.md
+	$(BIN)/python tools/toybox/report.py $(EVIDENCE) docs/results.md --against build/results/table1.json
+	$(RESULTS) $(EVIDENCE)/table1.json --check 64
+
+# Only what is missing in docs/evidence is drawn; remove a file there to have it drawn anew.
+results-full: .venv/dev.stamp
+	$(RESULTS) $(EVIDENCE)/table1.json
+	$(RESULTS) $(EVIDENCE)/scenes.json --figure scenes --seeds 1
+	$(RESULTS) $(EVIDENCE)/counts.json --figure counts --seeds 1
+	$(RESULTS) $(EVIDENCE)/margins.json --figure margins --seeds 1
+	$(RESULTS) $(EVIDENCE)/inputs.json --figure inputs --seeds 1
+	$(BIN)/python tools/toybox/report.py $(EVIDENCE) docs/results.md
 
 toybox: .venv/dev.stamp
 	$(MAKE) -C tools/toybox

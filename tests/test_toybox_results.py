@@ -94,3 +94,20 @@ def test_tables_are_written_between_their_marks_and_nowhere_else(tmp_path, monke
     with pytest.raises(SystemExit, match="table1"):
         report.main()
     assert page.read_text() == "nothing to write to\n"
+
+
+def test_a_scene_is_read_box_by_box(tmp_path):
+    import scenes
+
+    from loraclr.toybox import open_toybox
+
+    box = open_toybox()
+    cast = scenes.Cast(box, box.names("test"))
+    assert cast.call(cast.names[0]).startswith("a") and cast.names[0] not in cast.call(cast.names[0])
+    (row,) = scenes.rows(box.load(), cast, [2], 2, tmp_path)
+    assert row["people"] == 2 and len(row["each"]) == 2 and 0 <= row["all present"] <= row["present"] <= row["present anywhere"] <= 1
+    assert len(list(tmp_path.iterdir())) == 2
+    chosen, image = scenes.draw(box.load(), cast, 2, 0)
+    table = scenes.read(box.judge, box, chosen, image)
+    swapped = scenes.read(box.judge, box, chosen[::-1], image)
+    assert table.shape == (2, 2) and (swapped == table.flip(1)).all()  # boxes are rows, people are columns

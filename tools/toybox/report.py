@@ -149,7 +149,18 @@ def inputs(known: Known, table: Known) -> str:
     return "\n".join(lines)
 
 
-FIGURES = {"counts": counts, "margins": margins, "inputs": inputs}
+def scenes(known: Known, table: Known) -> str:
+    """Presence by number of people; seconds of one core a picture of two."""
+    counts = sorted({one["people"] for row in known.values() for one in row["rows"]})
+    lines = header("how they are kept apart", *(f"{count} people: present, all present" for count in counts), "s, two people")
+    for name, row in known.items():
+        told = {one["people"]: one for one in row["rows"]}
+        cells = [f"{number(told[n]['present'])}, {number(told[n]['all present'])}" if n in told else "-" for n in counts]
+        lines.append(f"| {' | '.join([name, *cells, format(told[2]['seconds'], '.1f')])} |")
+    return "\n".join(lines)
+
+
+FIGURES = {"counts": counts, "margins": margins, "inputs": inputs, "scenes": scenes}
 
 
 def apart(known: Known, new: Known) -> list[str]:

@@ -9,6 +9,7 @@ the values of every picture.
     --figure counts     Fig. 5: 2, 5, 8 and 12 concepts in three orders
     --figure margins    Fig. 8: margin and lambda
     --figure inputs     adapters trained half and a quarter as long: LORAS/half/RECIPE/test, LORAS/quarter/RECIPE/test
+    --figure scenes     Fig. 3, 4, 10 to 13: two to six people side by side, by regions and by strategies while sampling
     --check N           draw N pictures of OUT.json anew, picked at random, and compare their values
 """
 
@@ -27,8 +28,10 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
+import scenes
 import torch
 from PIL import Image
+from scenes import Cast
 from torch import Tensor
 
 from loraclr import __version__
@@ -115,6 +118,19 @@ def inputs(names: Sequence[str]) -> dict[str, Entry]:
     return {f"{part} of the steps, {recipe}": Entry(f"{part}/{recipe}", "loraclr") for part, recipe in recipes}
 
 
+# Who keeps people apart in one picture: a merge and regions, each one's own adapter and a strategy, or words alone.
+SCENES: Mapping[str, tuple[str, Entry | None]] = {
+    "loraclr (ours), regions": ("merged", TABLE["loraclr (ours)"]),
+    "LoRACLR, paper, regions": ("merged", TABLE["LoRACLR, paper"]),
+    "Orthogonal Adaptation, regions": ("merged", TABLE["Orthogonal Adaptation"]),
+    "MoS (gradient fusion), regions": ("merged", TABLE["MoS (gradient fusion)"]),
+    "P+, regions": ("merged", TABLE["P+"]),
+    "OMG, own adapters": ("omg", TABLE["loraclr (ours)"]),
+    "CLoRA, own adapters": ("clora", TABLE["loraclr (ours)"]),
+    "the base, told what they look like": ("words", None),
+    "loraclr (ours), no regions": ("free", TABLE["loraclr (ours)"]),
+}
+SCENE_COUNTS = (2, 3, 4, 5, 6)
 FIGURES = {"counts": counts, "margins": margins, "inputs": inputs}
 
 
@@ -234,6 +250,21 @@ def draw_row(loras: Path, work: Path, seeds: int, label: str, kind: str, entry: 
     return {**told, **drawn, **notes, "drawing_seconds": round(time.process_time() - began, 1), "values": values}
 
 
+def draw_scenes(loras: Path, work: Path, seeds: int, label: str, kind: str, entry: Entry | None) -> dict[str, Any]:
+    """Scenes of test identities; `seeds` times eight of each number of people."""
+    bench = Bench(loras, work, seeds)
+    adapters = bench.adapters(entry) if entry else {}
+    cast = Cast(bench.box, bench.box.names(SPLIT), calls={name: adapter.call for name, adapter in adapters.items()} or None)
+    if entry and kind in ("merged", "free"):
+        cast = replace(cast, merged=bench.merged(entry)[0], free=kind == "free")
+    elif entry:
+        cast = replace(cast, singles=adapters, strategy=kind)
+    counts = (2,) if kind == "free" else SCENE_COUNTS
+    with torch.autocast("cpu", torch.bfloat16):
+        found = list(scenes.rows(bench.pipeline, cast, counts, 8 * seeds, work / "scenes" / label.replace(" ", "-")))
+    return {"kind": kind, "recipe": entry.recipe if entry else None, "rows": [scenes.rounded(row) for row in found]}
+
+
 def rounded(values: Tensor) -> list[float | None]:
     return [None if math.isnan(value) else round(value, 4) for value in values.tolist()]
 
@@ -273,7 +304,7 @@ def main() -> None:
     parser.add_argument("loras", type=Path)
     parser.add_argument("out", type=Path)
     parser.add_argument("entries", nargs="*", help="entries whose name begins so; all without")
-    parser.add_argument("--figure", choices=FIGURES)
+    parser.add_argument("--figure", choices=(*FIGURES, "scenes"))
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--work", type=Path, default=Path("build/results"))
     parser.add_argument("--workers", type=int, default=2)
@@ -291,18 +322,26 @@ def main() -> None:
                 f"a picture's score is {worst:.3f} from the one in {arguments.out}: other weights, other libraries, or a mistake"
             )
         return
-    entries = FIGURES[arguments.figure](open_toybox().names(SPLIT)) if arguments.figure else TABLE
-    wanted = {name: entry for name, entry in entries.items() if not arguments.entries or name.startswith(tuple(arguments.entries))}
-    todo = {label: job for label, job in rows(wanted).items() if label not in known}
-    common = (draw_row, arguments.loras, arguments.work, arguments.seeds)
+    if arguments.figure == "scenes":
+        work, jobs, order = draw_scenes, dict(SCENES), list(SCENES)
+    else:
+        entries = FIGURES[arguments.figure](open_toybox().names(SPLIT)) if arguments.figure else TABLE
+        wanted = {name: one for name, one in entries.items() if name.startswith(tuple(arguments.entries) or "")}
+        work, jobs, order = draw_row, rows(wanted), list(rows(entries))
     with ProcessPoolExecutor(arguments.workers) as pool:
-        jobs = {pool.submit(*common, label, kind, entry): label for label, (kind, entry) in todo.items()}
-        for job in as_completed(jobs):
-            known[jobs[job]] = job.result()
-            order = [label for label in rows(entries) if label in known]
-            save(arguments.out, {label: known[label] for label in order})
-            shown = {name: round(mean(v for v in values if v is not None), 3) for name, values in job.result()["values"].items()}
-            print(f"{jobs[job]:40} {json.dumps(shown)}", flush=True)
+        common = (work, arguments.loras, arguments.work, arguments.seeds)
+        running = {pool.submit(*common, label, *job): label for label, job in jobs.items() if label not in known}
+        for done in as_completed(running):
+            label, row = running[done], done.result()
+            known[label] = row
+            save(arguments.out, {name: known[name] for name in order if name in known})
+            print(f"{label:40} {json.dumps(summary(row))}", flush=True)
+
+
+def summary(row: Mapping[str, Any]) -> object:
+    if "values" not in row:
+        return [{key: value for key, value in one.items() if key != "each"} for one in row["rows"]]
+    return {name: round(mean(value for value in values if value is not None), 3) for name, values in row["values"].items()}
 
 
 if __name__ == "__main__":

@@ -1,25 +1,30 @@
 """How many people fit into one picture: scenes of 64 pixels a person side by side, each in a box, read by the attribute judge.
 
-    python scenes.py BASE JUDGE CONCEPTS                                 the base alone, told what everybody looks like
-    python scenes.py BASE JUDGE CONCEPTS --lora merged.safetensors       one adapter that holds all, by regions
-    python scenes.py BASE JUDGE CONCEPTS --loras FOLDER --strategy omg   one file for each, kept apart at sampling time
-    ... --counts 2 --free                                                by the prompt alone, no boxes: masks come from attention
+    python scenes.py                                          the base alone, told what everybody looks like
+    python scenes.py --lora merged.safetensors                one adapter that holds all, by regions
+    python scenes.py --loras FOLDER --strategy omg            one file for each, kept apart at sampling time
+    ... --counts 2 --free                                     by the prompt alone, no boxes: masks come from attention
 
-CONCEPTS is the toybox's concepts.json. A person counts as present where at least four of five attributes are right inside
-the own box. The judge always sees somebody: what it says of a box in which nobody is, is guessed. Look at the pictures, too (--pictures).
+A person counts as present where at least four of five attributes are right inside the own box. The judge always sees somebody: what it
+says of a box in which nobody is, is guessed. Look at the pictures, too (--pictures).
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-from contextlib import ExitStack
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
 from world import Person, person_words
 
+from loraclr.adapter import Adapter
 from loraclr.conditioning import Region
 from loraclr.evaluate import Limit, attribute_closeness, presence
 from loraclr.evaluate.subjects import call_of
@@ -27,6 +32,7 @@ from loraclr.formats import load_adapter
 from loraclr.generate import generate
 from loraclr.pipeline import Pipeline
 from loraclr.strategies import Part, make_strategy
+from loraclr.toybox import SPLITS, Toybox, open_toybox
 from loraclr.toybox.judge import Judge
 
 SIDE = 64
@@ -34,20 +40,91 @@ CONTEXT = "people standing together in a forest"
 PRESENT = Limit(0.8, "cosine")
 
 
-def looks(fields: dict) -> str:
-    """What somebody looks like, in the words of the base's captions."""
-    return person_words(Person(**fields["attributes"], noun=fields["noun"]), None, {"expression": False, "clothes": False})
+@dataclass(frozen=True)
+class Cast:
+    """Who takes part and how: one adapter that holds all, or one for each with or without a strategy, or the base and words."""
+
+    box: Toybox
+    names: Sequence[str]
+    merged: Adapter | None = None
+    singles: Mapping[str, Adapter] | None = None
+    calls: Mapping[str, str] | None = None  # words that call each, where the adapters do not say
+    strategy: str | None = None
+    free: bool = False  # no boxes
+
+    def call(self, name: str) -> str:
+        """The words that call somebody, with an article; for the base what it looks like."""
+        if self.calls is not None:
+            return f"a {self.calls[name]}"
+        if self.merged is not None:
+            return f"a {call_of(self.merged, name, alone=False)}"
+        if self.singles is not None:
+            return f"a {self.singles[name].call}"
+        concept = self.box.concepts[name]
+        return person_words(Person(**concept.attributes, noun=concept.noun), None, {"expression": False, "clothes": False})
+
+
+def draw(pipeline: Pipeline, cast: Cast, count: int, scene: int) -> tuple[list[str], Image.Image]:
+    """Who was drawn by random, the same for the same number of a scene, and the picture; its seed is that number."""
+    order = torch.randperm(len(cast.names), generator=torch.Generator().manual_seed(scene))
+    chosen = [cast.names[k] for k in order[:count].tolist()]
+    calls = [cast.call(name) for name in chosen]
+    regions = [Region(f"{call} in a forest", (0.0, k / count, 1.0, (k + 1) / count)) for k, call in enumerate(calls)]
+    prompt = " and ".join(calls) + " in a forest" if cast.strategy == "clora" else CONTEXT
+    if cast.free:
+        prompt = f"{calls[0]} on the left and {calls[1]} on the right in a forest"
+    parts = [Part(cast.singles[name], noun=cast.box.concepts[name].noun) for name in chosen] if cast.singles and cast.strategy else []
+    with pipeline.applied(cast.merged) if cast.merged is not None else nullcontext():
+        (made,) = generate(
+            pipeline, [prompt], seeds=[scene], size=(SIDE, SIDE * count), regions=() if cast.free else regions,
+            strategy=make_strategy(cast.strategy) if cast.strategy else None, parts=parts,
+        )  # fmt: skip
+    return chosen, made.image
+
+
+def crops(image: Image.Image, count: int) -> list[Image.Image]:
+    return [image.crop((SIDE * k, 0, SIDE * (k + 1), SIDE)) for k in range(count)]
+
+
+def read(judge: Judge, box: Toybox, chosen: Sequence[str], image: Image.Image) -> torch.Tensor:
+    """(boxes, people) share of each person's attributes that is found in each box."""
+    people = [box.concepts[name].attributes for name in chosen]
+    truth = [{key: judge.heads[key].index(value) for key, value in one.items()} for one in people]
+    return attribute_closeness(judge.read(crops(image, len(chosen))), truth)
+
+
+def rows(pipeline: Pipeline, cast: Cast, counts: Sequence[int], scenes: int, pictures: Path | None = None) -> Iterator[dict[str, Any]]:
+    """What is found in `scenes` scenes of each number of people."""
+    for count in counts:
+        tables, began = [], time.process_time()
+        for scene in range(scenes):
+            chosen, image = draw(pipeline, cast, count, scene)
+            tables.append(read(cast.box.judge, cast.box, chosen, image))
+            if pictures is not None:
+                pictures.mkdir(parents=True, exist_ok=True)
+                image.save(pictures / f"{count}-{scene}.png")
+        seconds = (time.process_time() - began) / scenes
+        placed, anywhere = (presence(tables, PRESENT, placed=placed) for placed in (True, False))
+        others = torch.cat([table[~torch.eye(count, dtype=torch.bool)] for table in tables])
+        yield {
+            "people": count, "scenes": scenes, "attributes": float(torch.stack([table.diagonal().mean() for table in tables]).mean()),
+            "attributes of the others": float(others.mean()) if count > 1 else None, "present": float(placed.share.mean()),
+            "all present": float(placed.everyone.mean()), "present anywhere": float(anywhere.share.mean()), "seconds": seconds,
+            "each": [round(float(share), 3) for share in placed.share],
+        }  # fmt: skip
+
+
+def rounded(row: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: round(value, 3) if isinstance(value, float) else value for key, value in row.items()}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("base", type=Path)
-    parser.add_argument("judge", type=Path)
-    parser.add_argument("concepts", type=Path)
+    parser.add_argument("--toybox", type=Path, help="the toybox's data; the package's own without")
     parser.add_argument("--lora", type=Path, help="one adapter that holds all")
     parser.add_argument("--loras", type=Path, help="a folder with one adapter for each, for --strategy")
     parser.add_argument("--strategy", choices=("omg", "clora"))
-    parser.add_argument("--split", default="development")
+    parser.add_argument("--split", default="development", choices=SPLITS[:2])
     parser.add_argument("--counts", type=int, nargs="+", default=[2, 3, 4, 6])
     parser.add_argument("--scenes", type=int, default=6, help="different groups of people for each count, one seed each")
     parser.add_argument("--free", action="store_true", help="no boxes; for two people, told to be left and right")
@@ -57,50 +134,15 @@ def main() -> None:
         parser.error("--strategy and --loras go together")
     if arguments.free and arguments.counts != [2]:
         parser.error("--free knows words for two people only: --counts 2")
-
-    people = {name: one for name, one in json.loads(arguments.concepts.read_text()).items() if one["split"] == arguments.split}
-    judge, pipeline = Judge.load(arguments.judge), Pipeline.load(arguments.base)
-    merged = load_adapter(arguments.lora, base=pipeline) if arguments.lora else None
-    singles = {} if arguments.loras is None else {path.stem: load_adapter(path, base=pipeline) for path in arguments.loras.iterdir()}
-    for count in arguments.counts:
-        tables, shares = [], []
-        for scene in range(arguments.scenes):
-            generator = torch.Generator().manual_seed(scene)
-            chosen = [list(people)[k] for k in torch.randperm(len(people), generator=generator)[:count].tolist()]
-            if merged is not None:
-                calls = [f"a {call_of(merged, name, alone=False)}" for name in chosen]
-            else:
-                calls = [f"a {singles[name].call}" if singles else looks(people[name]) for name in chosen]
-            regions = [Region(f"{call} in a forest", (0.0, k / count, 1.0, (k + 1) / count)) for k, call in enumerate(calls)]
-            prompt = " and ".join(calls) + " in a forest" if arguments.strategy == "clora" else CONTEXT
-            if arguments.free:
-                prompt = f"{calls[0]} on the left and {calls[1]} on the right in a forest"
-            with ExitStack() as stack:
-                if merged is not None:
-                    stack.enter_context(pipeline.applied(merged))
-                (made,) = generate(
-                    pipeline,
-                    [prompt],
-                    seeds=[scene],
-                    size=(SIDE, SIDE * count),
-                    regions=() if arguments.free else regions,
-                    strategy=make_strategy(arguments.strategy) if arguments.strategy else None,
-                    parts=[Part(singles[name], noun=people[name]["noun"]) for name in chosen] if singles else [],
-                )
-            if arguments.pictures:
-                made.save(arguments.pictures / f"{count}-{scene}.png")
-            crops: list[Image.Image] = [made.image.crop((SIDE * k, 0, SIDE * (k + 1), SIDE)) for k in range(count)]
-            truth = [{key: judge.heads[key].index(value) for key, value in people[name]["attributes"].items()} for name in chosen]
-            tables.append(attribute_closeness(judge.read(crops), truth))
-            shares.append(tables[-1].diagonal().mean())
-        placed, free = (presence(tables, PRESENT, placed=placed) for placed in (True, False))
-        others = torch.cat([table[~torch.eye(count, dtype=torch.bool)] for table in tables])
-        row = {
-            "people": count, "scenes": arguments.scenes, "attributes": float(torch.stack(shares).mean()),
-            "attributes of the others": float(others.mean()) if count > 1 else None, "present": float(placed.share.mean()),
-            "all present": float(placed.everyone.mean()), "present anywhere": float(free.share.mean()),
-        }  # fmt: skip
-        print(json.dumps({key: round(value, 3) if isinstance(value, float) else value for key, value in row.items()}), flush=True)
+    box = Toybox(arguments.toybox) if arguments.toybox else open_toybox()
+    pipeline = box.load()
+    cast = Cast(
+        box, box.names(arguments.split), merged=load_adapter(arguments.lora, base=pipeline) if arguments.lora else None,
+        singles={path.stem: load_adapter(path, base=pipeline) for path in arguments.loras.iterdir()} if arguments.loras else None,
+        strategy=arguments.strategy, free=arguments.free,
+    )  # fmt: skip
+    for row in rows(pipeline, cast, arguments.counts, arguments.scenes, arguments.pictures):
+        print(json.dumps(rounded(row)), flush=True)
 
 
 if __name__ == "__main__":
