@@ -59,7 +59,8 @@ results-full: .venv/dev.stamp
 	$(RESULTS) $(EVIDENCE)/scenes.json --figure scenes --seeds 1
 	$(RESULTS) $(EVIDENCE)/counts.json --figure counts --seeds 1
 	$(RESULTS) $(EVIDENCE)/margins.json --figure margins --seeds 1
-	$(RESULTS) $(EVIDENCE)/inputs.json --figure inputs --seeds 1
+	test -f $(EVIDENCE)/inputs.json || $(MAKE) -C tools/toybox sweep
+	$(subst $(LORAS),build,$(RESULTS)) $(EVIDENCE)/inputs.json --figure inputs --seeds 1
 	$(BIN)/python tools/toybox/report.py $(EVIDENCE) docs/results.md
 
 toybox: .venv/dev.stamp

@@ -20,6 +20,7 @@ import hashlib
 import json
 import math
 import random
+import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -184,8 +185,8 @@ class Bench:
         return [Subject(name, call, self.box.concepts[name].noun, self.box.references(name)) for name, call in calls.items()]
 
     def draw(self, label: str, variant: Variant, calls: Mapping[str, str], prompts: Mapping[str, str] | None = None) -> Row:
-        """Draws and judges; the pictures are in a folder named after `label`."""
-        folder = self.work / "pictures" / hashlib.sha256(label.encode()).hexdigest()[:16]
+        """Draws and judges; the pictures are in --work, in a folder named after `label`."""
+        folder = self.work / slug(label)
         with torch.autocast("cpu", torch.bfloat16):
             found = evaluate(
                 self.pipeline, {"row": variant}, self.subjects(calls), prompts=prompts or self.prompts, judge=self.box.clip,
@@ -202,6 +203,10 @@ class Bench:
             people = [self.box.concepts[name].attributes for name in row.concepts[start : start + 64]]
             found.append(agreement(self.box.judge.read(images), people, self.box.judge.heads))
         return torch.cat(found)
+
+
+def slug(label: str) -> str:
+    return "-".join(re.findall(r"[a-z0-9+.]+", label.lower()))
 
 
 def share_active(layers: Sequence[Any]) -> float | None:
@@ -261,7 +266,7 @@ def draw_scenes(loras: Path, work: Path, seeds: int, label: str, kind: str, entr
         cast = replace(cast, singles=adapters, strategy=kind)
     counts = (2,) if kind == "free" else SCENE_COUNTS
     with torch.autocast("cpu", torch.bfloat16):
-        found = list(scenes.rows(bench.pipeline, cast, counts, 8 * seeds, work / "scenes" / label.replace(" ", "-")))
+        found = list(scenes.rows(bench.pipeline, cast, counts, 8 * seeds, work / "scenes" / slug(label)))
     return {"kind": kind, "recipe": entry.recipe if entry else None, "rows": [scenes.rounded(row) for row in found]}
 
 
