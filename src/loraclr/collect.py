@@ -73,7 +73,7 @@ class Collection:
     spatial: int | None = 3  # how many of the fit templates also run the UNet; None: all
     spatial_held_out: int | None = None  # of the held-out templates
     spatial_preserve: int | None = None  # and of the prompts without any concept
-    precision: str = "float32"  # of the UNet's passes; "bfloat16" halves their time where the processor has it
+    precision: str = "float32"  # of the UNet's passes; "bfloat16" halves their time, and is float32 on a device without it
 
     def __post_init__(self) -> None:
         wrong = [template for template in (*self.fit, *self.held_out) if template.count("{}") != 1]

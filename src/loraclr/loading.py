@@ -61,6 +61,23 @@ def placed(load: Callable[[], Any], device: str | torch.device, *, offload: bool
     return pipe.to(where)
 
 
+def half(device: str | torch.device, wanted: bool = True) -> torch.autocast:
+    """Inside, what is safe in bfloat16 is multiplied in it, if that is `wanted` and the device can: a processor that only emulates it
+    takes 15 times as long as in float32 (measured on AVX2)."""
+    device = torch.device(device)
+    return torch.autocast(device.type, torch.bfloat16, enabled=wanted and has_bfloat16(device))
+
+
+def has_bfloat16(device: torch.device) -> bool:
+    """Whether the device has instructions for products in bfloat16."""
+    if device.type == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    if device.type != "cpu":
+        return True
+    able: dict[str, object] = getattr(torch.cpu, "get_capabilities", dict)()  # older versions of torch do not tell
+    return any(able.get(kind) for kind in ("avx512_bf16", "amx_bf16", "bf16"))
+
+
 def chosen(device: str | torch.device) -> torch.device:
     """A device that is there. Raises UsageError."""
     if device == "auto":

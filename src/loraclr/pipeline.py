@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from loraclr import families, modules, sampling
+from loraclr import families, loading, modules, sampling
 from loraclr.adapter import Adapter, Layer
 from loraclr.conditioning import Refine, Region, RegionStates, Vocabulary, conditioned, text_states
 from loraclr.errors import PipelineError, UsageError
@@ -374,16 +374,15 @@ class Pipeline:
     ) -> Tensor:
         """Denoise `prompts`, conditional only, for what hooks see of it -> latents as the family keeps them.
 
-        `half` multiplies in bfloat16 where that is safe (autocast). Where guidance is embedded it has the pipeline's own value. Raises
-        UsageError for settings that do not fit.
+        `half` multiplies in bfloat16 where that is safe (autocast), if the device can. Where guidance is embedded it has the
+        pipeline's own value. Raises UsageError for settings that do not fit.
         """
-        cast = torch.autocast(self.device.type, torch.bfloat16, enabled=half)
         if self.plain:
             states = self.encode(prompts)
-            with cast:
+            with loading.half(self.device, half):
                 return self.denoise(states, seeds=seeds, steps=steps, size=size)
         pixels = self.check_settings(seeds=seeds, steps=steps, guidance=1.0, size=size)
-        with torch.inference_mode(), cast:
+        with torch.inference_mode(), loading.half(self.device, half):
             latents: Tensor = sampling.call(self._pipe, prompts, seeds=seeds, steps=steps, size=pixels, guidance=None, pictures=False)
         return _usable(latents)
 

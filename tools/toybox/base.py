@@ -15,7 +15,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import twin
-from compose import faces
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor
 from PIL import Image
@@ -25,6 +24,8 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from vae import pixels
 from words import build_tokenizer
 from world import TRIGGERS, Picture, caption, named_people
+
+from loraclr.loading import half
 
 WIDTH = 192  # of the text encoder
 LOOK = [
@@ -77,7 +78,7 @@ class Both(nn.Module):
 @torch.no_grad()
 def cache_latents(data: Path, vae_folder: Path, out: Path, rank: int, world: int) -> None:
     """Encodes every picture once into OUT/{single,wide}{rank}.npy: (n, 4, 16, 16 or 32) fp16 posterior means."""
-    vae = AutoencoderKL.from_pretrained(vae_folder).bfloat16().eval()
+    vae = AutoencoderKL.from_pretrained(vae_folder).eval()
     for name in ("single", "wide"):
         file = out / f"{name}{rank}.npy"
         if file.exists():
@@ -86,7 +87,7 @@ def cache_latents(data: Path, vae_folder: Path, out: Path, rank: int, world: int
         mine = range(rank, len(array), world)
         latents = np.empty((len(mine), 4, 16, array.shape[2] // 4), np.float16)
         for i in range(0, len(mine), 64):
-            rows = pixels(array[list(mine[i : i + 64])]).bfloat16()
+            rows = pixels(array[list(mine[i : i + 64])])
             latents[i : i + len(rows)] = vae.encode(rows).latent_dist.mean.float().numpy()
         part = file.with_suffix(".part.npy")
         np.save(part, latents)
@@ -110,18 +111,7 @@ def warm(tokenizer: CLIPTokenizer, text: CLIPTextModel, unet: UNet2DConditionMod
     print(f"starts from {folder}: {len(shared)} of {len(table)} embeddings known", flush=True)
 
 
-def face_weight(picture: Picture, face: float) -> Tensor:
-    """(1, 16, 16 or 32) weights of a picture's latent pixels: `face` where brows, eyes and mouth are, 1 elsewhere.
-
-    An expression is told by a few latent pixels; at equal weights it is what the base learns last.
-    """
-    weight = torch.ones(1, 16, 32 if picture.wide else 16)
-    for y1, x1, y2, x2 in faces(picture):
-        weight[:, max(0, round(y1 / 4)) : round(y2 / 4) + 1, max(0, round(x1 / 4)) : round(x2 / 4) + 1] = face
-    return weight
-
-
-def start(data: Path, vae_folder: Path, lr: float, face: float, earlier: Path | None, trainer: twin.Trainer) -> None:
+def start(data: Path, vae_folder: Path, lr: float, earlier: Path | None, trainer: twin.Trainer) -> None:
     rank, world = trainer.rank, trainer.world
     cache_latents(data, vae_folder, trainer.folder, rank, world)
     pictures: dict[str, list[Picture]] = pickle.loads((data / "pictures.pkl").read_bytes())
@@ -150,11 +140,10 @@ def start(data: Path, vae_folder: Path, lr: float, face: float, earlier: Path | 
         noise = torch.randn_like(x)
         a = alphas[t].view(-1, 1, 1, 1)
         noisy, target = a.sqrt() * x + (1 - a).sqrt() * noise, a.sqrt() * noise - (1 - a).sqrt() * x
-        with torch.autocast("cpu", torch.bfloat16):
+        with half("cpu"):
             states = text(ids).last_hidden_state
             v = unet(noisy, t, states).sample
-        weight = torch.stack([face_weight(mine[name][row], face) for row in rows])
-        value = (mse_loss(v.float(), target, reduction="none") * weight).sum() / (4 * weight.sum())
+        value = mse_loss(v.float(), target)
         return value, {name: float(value.detach())}
 
     def snapshot(model: nn.Module, step: int) -> None:
@@ -187,7 +176,7 @@ def look(pipe: StableDiffusionPipeline, file: Path) -> None:
     sheet = Image.new("RGB", (8 * 64, 3 * 64))
     for wide, prompts in ((False, LOOK), (True, LOOK_WIDE)):
         generators = [torch.Generator().manual_seed(i) for i in range(len(prompts))]
-        with torch.autocast("cpu", torch.bfloat16):
+        with half("cpu"):
             images = pipe(
                 prompts, num_inference_steps=20, guidance_scale=3.5, height=64, width=128 if wide else 64, generator=generators
             ).images
@@ -228,7 +217,6 @@ if __name__ == "__main__":
     parser.add_argument("out", type=Path)
     parser.add_argument("--minutes", type=float, default=90)
     parser.add_argument("--lr", type=float, default=6e-4)
-    parser.add_argument("--face", type=float, default=4.0, help="weight of the faces in the loss; 1 for the first 6,750 steps")
     parser.add_argument("--warm", type=Path, help="an earlier base to start from, in diffusers layout")
     parser.add_argument("--export", type=Path)
     arguments = parser.parse_args()
@@ -236,6 +224,6 @@ if __name__ == "__main__":
         export(arguments.out, arguments.vae, arguments.export)
     else:
         twin.run(
-            functools.partial(start, arguments.data, arguments.vae, arguments.lr, arguments.face, arguments.warm), folder=arguments.out,
+            functools.partial(start, arguments.data, arguments.vae, arguments.lr, arguments.warm), folder=arguments.out,
             seconds=arguments.minutes * 60, parameters=14_000_000,
         )  # fmt: skip

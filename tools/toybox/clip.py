@@ -23,6 +23,7 @@ from torch.nn.functional import cross_entropy
 from vae import pixels, reconstruct
 from world import caption, named_people, vocabulary
 
+from loraclr.loading import half
 from loraclr.toybox.clip import ToyClip
 
 AMONG, BATCH = 64, 128
@@ -48,7 +49,7 @@ def main() -> None:
         blurred = rng.random() < 1 / 3
         rows = sorted(rng.randrange(PASSED if blurred else len(images)) for _ in range(BATCH))
         words = clip.ids([told(pictures[row], rng) for row in rows])
-        with torch.autocast("cpu", torch.bfloat16):
+        with half("cpu"):
             seen, read = clip.see(solo.jitter(pixels((passed if blurred else images)[rows]))), clip.read(words)
         logits = seen.float() @ read.float().T * clip.temperature.clamp(max=4.6).exp()
         own = torch.arange(len(rows))
@@ -56,13 +57,13 @@ def main() -> None:
 
     solo.fit(clip, loss, file=arguments.out.with_suffix(".state"), steps=arguments.steps, lr=1e-3)
     clip.eval()
-    vae = AutoencoderKL.from_pretrained(arguments.vae, torch_dtype=torch.bfloat16)
+    vae = AutoencoderKL.from_pretrained(arguments.vae)
     held, array = held_out_pictures(1024, 101)
     report = {}
     for kind in ("renders", "through the autoencoder"):
         x = pixels(array)
         with torch.no_grad():
-            x = x if kind == "renders" else reconstruct(vae, x.bfloat16()).float()
+            x = x if kind == "renders" else reconstruct(vae, x).float()
             seen = torch.cat([clip.see(part) for part in x.split(128)])
             read = clip.read(clip.ids([told(picture, random.Random(k), 0.9) for k, picture in enumerate(held)]))
         products = [a @ b.T for a, b in zip(seen.split(AMONG), read.split(AMONG), strict=True)]

@@ -185,15 +185,6 @@ def _places(picture: Picture, rng: random.Random, on_left: bool) -> Iterator[tup
         yield size, centre - size // 2, rng.randint(-1, 6), rng.random() < 0.5
 
 
-def faces(picture: Picture) -> list[tuple[float, float, float, float]]:
-    """Where `compose` puts each person's brows, eyes and mouth: (y1, x1, y2, x2) in pixels."""
-    rng = random.Random(picture.layout)
-    _background(picture, SIDE * (2 if picture.wide else 1), rng)
-    on_left = rng.random() < 0.5
-    places = _places(picture, rng, on_left)
-    return [(y + 0.30 * size, x + 0.33 * size, y + 0.66 * size, x + 0.67 * size) for size, x, y, _ in places]
-
-
 def compose(picture: Picture, sprites: Sequence[np.ndarray]) -> np.ndarray:
     """The picture as (64, 64 or 128, 3) uint8. `sprites` are those of `picture.people`, in order."""
     rng = random.Random(picture.layout)

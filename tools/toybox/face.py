@@ -24,6 +24,7 @@ from torch.nn.functional import cross_entropy, linear, normalize
 from vae import pixels, reconstruct
 from world import PLAIN, SCENES, Person, Picture, held_out_keys, random_look, random_person
 
+from loraclr.loading import half
 from loraclr.toybox.face import ToyFace
 
 MARGIN, SCALE, BATCH = 0.25, 24.0, 96
@@ -107,7 +108,7 @@ def main() -> None:
         who = [rng.randrange(len(people)) for _ in range(BATCH)]
         chosen = [rng.choice(rows[people[one]]) for one in who]
         seen = [passed[row] if row < PASSED and rng.random() < 0.9 else images[row] for row in chosen]
-        with torch.autocast("cpu", torch.bfloat16):
+        with half("cpu"):
             found = model.face(solo.jitter(pixels(np.stack(seen)))).float()
         cosines = linear(found, normalize(model.centres, dim=-1)).clamp(-0.999, 0.999)
         margin = MARGIN * min(1.0, 3 * progress)  # from the start it would keep the embedding from forming
@@ -120,12 +121,12 @@ def main() -> None:
     report: dict[str, dict[str, float]] = {}
     unseen = strangers()
     array = photographs(unseen, 8, 1, 6)
-    vae = AutoencoderKL.from_pretrained(arguments.vae, torch_dtype=torch.bfloat16)
+    vae = AutoencoderKL.from_pretrained(arguments.vae)
     threshold = 0.0
     for kind in ("renders", "through the autoencoder"):
         x = pixels(array.reshape(-1, 64, 64, 3))
         with torch.no_grad():
-            x = x if kind == "renders" else reconstruct(vae, x.bfloat16()).float()
+            x = x if kind == "renders" else reconstruct(vae, x).float()
             found = torch.cat([face(part) for part in x.split(128)]).view(len(unseen), 8, -1)
         threshold, true, accuracy = verification(found)
         report[kind] = {"threshold": round(threshold, 4), "true accepts at 1 % false": round(true, 4), "accuracy": round(accuracy, 4)}

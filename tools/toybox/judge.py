@@ -23,6 +23,7 @@ from torch.nn.functional import cross_entropy
 from vae import pixels, reconstruct
 from world import CLOTHES_COLOUR, EXPRESSION, IDENTITY, OBJECTS, PLAIN, SCENES, Picture, held_out_keys, random_person, random_picture
 
+from loraclr.loading import half
 from loraclr.toybox.judge import Judge
 
 HEADS = {
@@ -77,8 +78,8 @@ def main() -> None:
     images = np.load(arguments.data / "single.npy", mmap_mode="r")
     truth = torch.tensor([labels(picture) for picture in pickle.loads((arguments.data / "pictures.pkl").read_bytes())["single"]])
     with torch.no_grad():
-        vae = AutoencoderKL.from_pretrained(arguments.vae).bfloat16()
-        blurred = reconstruct(vae, pixels(images[:6000]).bfloat16()).float()
+        vae = AutoencoderKL.from_pretrained(arguments.vae)
+        blurred = reconstruct(vae, pixels(images[:6000])).float()
     judge = Judge(HEADS)
     optimizer = torch.optim.AdamW(judge.parameters(), lr=2e-3, weight_decay=0.02)
     began, step = time.process_time(), 0  # of this process: the recipe is the same on a busy machine
@@ -93,7 +94,7 @@ def main() -> None:
             x = pixels(images[rows.numpy()])
         shift = torch.randint(-3, 4, (2,)).tolist()
         x = torch.roll(x, shift, (2, 3)) + 0.04 * torch.randn_like(x)
-        with torch.autocast("cpu", torch.bfloat16):
+        with half("cpu"):
             out = judge(x)
         loss: Tensor = sum(cross_entropy(out[name].float(), truth[rows, k], ignore_index=-100) for k, name in enumerate(HEADS))
         optimizer.zero_grad()
@@ -109,7 +110,7 @@ def main() -> None:
     for kind in ("renders", "through the autoencoder"):
         x = pixels(array)
         with torch.no_grad():
-            x = x if kind == "renders" else reconstruct(vae, x.bfloat16()).float()
+            x = x if kind == "renders" else reconstruct(vae, x).float()
             out = judge(x)
         scores = {}
         for k, name in enumerate(HEADS):

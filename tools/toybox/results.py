@@ -9,6 +9,7 @@ the values of every picture.
     --figure counts     Fig. 5: 2, 5, 8 and 12 concepts in three orders
     --figure margins    Fig. 8: margin and lambda
     --figure inputs     adapters trained half and a quarter as long: LORAS/half/RECIPE/test, LORAS/quarter/RECIPE/test
+    --figure mixture    Fig. 6 and 7: people, things and styles in one model
     --figure scenes     Fig. 3, 4, 10 to 13: two to six people side by side, by regions and by strategies while sampling
     --check N           draw N pictures of OUT.json anew, picked at random, and compare their values
 """
@@ -31,9 +32,11 @@ from typing import Any
 
 import scenes
 import torch
+from compose import styled
 from PIL import Image
 from scenes import Cast
 from torch import Tensor
+from world import NEW_STYLES
 
 from loraclr import __version__
 from loraclr.adapter import Adapter
@@ -41,6 +44,7 @@ from loraclr.collect import Collection
 from loraclr.evaluate import Row, Subject, Variant, evaluate
 from loraclr.evaluate.subjects import read_prompts
 from loraclr.formats import load_adapter, save_adapter
+from loraclr.loading import half
 from loraclr.merge import merge
 from loraclr.pipeline import Pipeline
 from loraclr.toybox import Toybox, open_toybox
@@ -132,6 +136,27 @@ SCENES: Mapping[str, tuple[str, Entry | None]] = {
     "loraclr (ours), no regions": ("free", TABLE["loraclr (ours)"]),
 }
 SCENE_COUNTS = (2, 3, 4, 5, 6)
+
+# People, things and styles in one model; what the rows are of comes from the toybox.
+MIXTURES: Mapping[str, tuple[str, Entry]] = {
+    "the base, class words": ("base", Entry("wild", "none")),
+    "own adapters, a style's added": ("alone", Entry("wild", "none")),
+    "loraclr (ours)": ("merged", Entry("wild", "loraclr")),
+    "LoRACLR, paper": ("merged", Entry("wild", "loraclr-reference:paper")),
+    "average": ("merged", Entry("wild", "average")),
+}
+THING_PROMPTS = (
+    "a photo of a {} in the city",
+    "a {} on a beach",
+    "a photo of a {} in a forest",
+    "a {} in the snow",
+    "a {} on a blue background",
+)
+STYLE_PROMPTS = (
+    "a smiling woman with long red hair in {}", "a dog in the snow in {}", "a man with a black afro in a city in {}",
+    "a car in a desert in {}", "a woman on a beach in {}", "an angry man in a forest in {}", "a chair in a room in {}",
+    "a house at night in {}",
+)  # fmt: skip
 FIGURES = {"counts": counts, "margins": margins, "inputs": inputs}
 
 
@@ -153,7 +178,7 @@ class Bench:
 
     def files(self, entry: Entry) -> dict[str, Path]:
         if entry.recipe == "wild":
-            return {name: self.box.adapter_paths(SPLIT)[name] for name in self.names(entry)}
+            return {name: self.box.adapter_paths(self.box.concepts[name].split)[name] for name in self.names(entry)}
         folder = self.loras / entry.recipe / SPLIT
         return {name: next(path for path in folder.iterdir() if path.stem == name) for name in self.names(entry)}
 
@@ -184,16 +209,17 @@ class Bench:
     def subjects(self, calls: Mapping[str, str]) -> list[Subject]:
         return [Subject(name, call, self.box.concepts[name].noun, self.box.references(name)) for name, call in calls.items()]
 
-    def draw(self, label: str, variant: Variant, calls: Mapping[str, str], prompts: Mapping[str, str] | None = None) -> Row:
-        """Draws and judges; the pictures are in --work, in a folder named after `label`."""
+    def draw(self, label: str, variant: Variant, subjects: Sequence[Subject], prompts: Mapping[str, str] | Sequence[str]) -> Row:
+        """Draws and judges; the pictures are in --work, in a folder named after `label`. Only people have faces and attributes."""
         folder = self.work / slug(label)
-        with torch.autocast("cpu", torch.bfloat16):
+        people = all(one.name in self.box.concepts and self.box.concepts[one.name].attributes for one in subjects)
+        with half("cpu"):
             found = evaluate(
-                self.pipeline, {"row": variant}, self.subjects(calls), prompts=prompts or self.prompts, judge=self.box.clip,
-                face=self.box.face, output=folder, seeds=range(self.seeds), batch_size=8, control=False,
+                self.pipeline, {"row": variant}, subjects, prompts=prompts, judge=self.box.clip,
+                face=self.box.face if people else None, output=folder, seeds=range(self.seeds), batch_size=8, control=False,
             )  # fmt: skip
         row = found.row("row")
-        return replace(row, values={**row.values, "attributes": self.attributes(folder, row)})
+        return replace(row, values={**row.values, "attributes": self.attributes(folder, row)}) if people else row
 
     def attributes(self, folder: Path, row: Row) -> Tensor:
         """(n,) share of the identity's attributes that the judge finds."""
@@ -248,7 +274,7 @@ def draw_row(loras: Path, work: Path, seeds: int, label: str, kind: str, entry: 
     bench = Bench(loras, work, seeds)
     variant, calls, notes = variant_of(bench, kind, entry)
     began = time.process_time()
-    row = bench.draw(label, variant, calls)
+    row = bench.draw(label, variant, bench.subjects(calls), bench.prompts)
     drawn = {"concepts": list(calls), "prompts": len(bench.prompts), "seeds": seeds}
     told = {"kind": kind, "recipe": entry.recipe, "method": entry.method, "parameters": dict(entry.parameters)}
     values = {name: rounded(row.values[name]) for name in MEASURES if name in row.values}
@@ -265,9 +291,45 @@ def draw_scenes(loras: Path, work: Path, seeds: int, label: str, kind: str, entr
     elif entry:
         cast = replace(cast, singles=adapters, strategy=kind)
     counts = (2,) if kind == "free" else SCENE_COUNTS
-    with torch.autocast("cpu", torch.bfloat16):
+    with half("cpu"):
         found = list(scenes.rows(bench.pipeline, cast, counts, 8 * seeds, work / "scenes" / slug(label)))
     return {"kind": kind, "recipe": entry.recipe if entry else None, "rows": [scenes.rounded(row) for row in found]}
+
+
+def draw_mixture(loras: Path, work: Path, seeds: int, label: str, kind: str, entry: Entry) -> dict[str, Any]:
+    """Of one model of all people, things and styles, mean text and image alignment, and ToyFace's cosine, kind by kind.
+
+    References of people in a style are their own pictures, turned into it.
+    """
+    bench, groups = Bench(loras, work, seeds), {}
+    box, split = bench.box, {part: bench.box.names(part) for part in (SPLIT, "objects", "styles")}
+    entry = replace(entry, names=tuple(name for names in split.values() for name in names))
+    adapters = bench.adapters(entry)
+    calls = {name: box.concepts[name].noun if kind == "base" else adapter.call for name, adapter in adapters.items()}
+    model, notes = bench.merged(entry) if kind == "merged" else (Adapter({}, name="nothing"), {})
+    every: list[tuple[str, Sequence[Subject], Sequence[str], str | None]] = [
+        ("people", bench.subjects({name: calls[name] for name in split[SPLIT]}), THING_PROMPTS, None),
+        ("things", bench.subjects({name: calls[name] for name in split["objects"]}), THING_PROMPTS, None),
+        ("styles", bench.subjects({name: calls[name] for name in split["styles"]}), STYLE_PROMPTS, None),
+    ]
+    for style in split["styles"]:
+        people = [replace(one, references=[styled(image, NEW_STYLES[style]) for image in one.references]) for one in every[0][1]]
+        ending = "" if kind == "base" else f" in {calls[style]}"
+        every.append(("people in a style", people, [f"a photo of a {{}} in a forest{ending}", f"a {{}} in a city{ending}"], style))
+    for group, subjects, prompts, style in every:
+        used: Adapter | dict[str, Adapter] = model
+        if kind == "alone":
+            used = {one.name: both(adapters[one.name], adapters[style]) if style else adapters[one.name] for one in subjects}
+        row = bench.draw(f"mixture {label} {group} {style or ''}", Variant(used), subjects, prompts)
+        for measure in ("text", "image", "face_cosine"):
+            if measure in row.values:
+                groups.setdefault(group, {}).setdefault(measure, []).extend(rounded(row.values[measure]))
+    return {"kind": kind, **notes, "groups": groups}
+
+
+def both(one: Adapter, other: Adapter) -> Adapter:
+    """Both changes at full strength, as users load a style beside a person."""
+    return replace(merge([one, other], method="sum", name=f"{one.name}-{other.name}").adapter, triggers=one.triggers)
 
 
 def rounded(values: Tensor) -> list[float | None]:
@@ -295,7 +357,7 @@ def checked(loras: Path, work: Path, known: Known, count: int, seed: int) -> Ite
         variant, calls, _ = variant_of(bench, row["kind"], Entry(row["recipe"], row["method"], row["parameters"], tuple(row["concepts"])))
         order = list(bench.prompts)
         chosen = {prompt: bench.prompts[prompt] for prompt in rng.sample(order, max(1, 4 // row["seeds"]))}
-        again = bench.draw(f"check {seed} {label}", variant, dict(rng.sample(sorted(calls.items()), 2)), chosen)
+        again = bench.draw(f"check {seed} {label}", variant, bench.subjects(dict(rng.sample(sorted(calls.items()), 2))), chosen)
         places = [
             (row["concepts"].index(name) * len(order) + order.index(prompt)) * row["seeds"] + number
             for name, prompt, number in zip(again.concepts, again.prompts, again.seeds, strict=True)
@@ -309,7 +371,7 @@ def main() -> None:
     parser.add_argument("loras", type=Path)
     parser.add_argument("out", type=Path)
     parser.add_argument("entries", nargs="*", help="entries whose name begins so; all without")
-    parser.add_argument("--figure", choices=(*FIGURES, "scenes"))
+    parser.add_argument("--figure", choices=(*FIGURES, "scenes", "mixture"))
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--work", type=Path, default=Path("build/results"))
     parser.add_argument("--workers", type=int, default=2)
@@ -329,6 +391,8 @@ def main() -> None:
         return
     if arguments.figure == "scenes":
         work, jobs, order = draw_scenes, dict(SCENES), list(SCENES)
+    elif arguments.figure == "mixture":
+        work, jobs, order = draw_mixture, dict(MIXTURES), list(MIXTURES)
     else:
         entries = FIGURES[arguments.figure](open_toybox().names(SPLIT)) if arguments.figure else TABLE
         wanted = {name: one for name, one in entries.items() if name.startswith(tuple(arguments.entries) or "")}
@@ -344,6 +408,8 @@ def main() -> None:
 
 
 def summary(row: Mapping[str, Any]) -> object:
+    if "groups" in row:
+        return {group: {name: round(mean(values), 3) for name, values in told.items()} for group, told in row["groups"].items()}
     if "values" not in row:
         return [{key: value for key, value in one.items() if key != "each"} for one in row["rows"]]
     return {name: round(mean(value for value in values if value is not None), 3) for name, values in row["values"].items()}

@@ -17,6 +17,7 @@ from vae import pixels, reconstruct
 from world import OBJECTS, PLAIN, SCENES, Person, Picture, base_person, whole_caption
 
 from loraclr.evaluate import estimate
+from loraclr.loading import half
 from loraclr.pipeline import Pipeline
 from loraclr.toybox.judge import Judge, agreement
 
@@ -27,7 +28,7 @@ Shares = dict[str, list[float]]  # attribute -> mean and the ends of its 95 % in
 def pictures(pipeline: Pipeline, prompts: Sequence[str], *, seed: int = 0, size: tuple[int, int] | None = None) -> list[Image.Image]:
     """One picture a prompt at seeds seed, seed + 1, ..., in bf16."""
     out = []
-    with torch.autocast("cpu", torch.bfloat16):
+    with half("cpu"):
         for start in range(0, len(prompts), 16):
             part = prompts[start : start + 16]
             out += pipeline.sample(part, seeds=range(seed + start, seed + start + len(part)), size=size)

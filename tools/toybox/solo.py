@@ -63,9 +63,9 @@ def through_autoencoder(data: Path, vae_folder: Path, count: int) -> np.ndarray:
     """(count, 64, 64, 3) uint8: the first pictures of DATA as the autoencoder gives them back. Made once, kept beside DATA."""
     file = data / f"reconstructed{count}.npy"
     if not file.exists():
-        vae = AutoencoderKL.from_pretrained(vae_folder, torch_dtype=torch.bfloat16)
+        vae = AutoencoderKL.from_pretrained(vae_folder)
         with torch.no_grad():
-            back = reconstruct(vae, pixels(np.load(data / "single.npy", mmap_mode="r")[:count]).bfloat16()).float()
+            back = reconstruct(vae, pixels(np.load(data / "single.npy", mmap_mode="r")[:count])).float()
         array = back.add(1).mul(127.5).round().byte().permute(0, 2, 3, 1).numpy()
         np.save(file.with_suffix(".part.npy"), array)
         os.replace(file.with_suffix(".part.npy"), file)

@@ -3,7 +3,7 @@
 Every row merges the twelve development adapters from their files with other settings, samples the scoring prompts (which share no
 template with the merge's) and prints identity, right person of 12 and prompt agreement. `only STAGE` rows take the default's merge for
 one stage and each concept's own adapter for the others: what that stage alone costs; `pack` rows are built from a pack. Finished rows
-are kept in OUT.json and skipped.
+are kept in OUT.json and skipped. `only attn1.to_q` and the like take one kind of layer of the spatial stage.
 `--split test` is for reporting what was chosen, once. `against_single` is the paired difference to each adapter alone; intervals draw
 concepts and prompts anew.
 """
@@ -17,15 +17,17 @@ import tempfile
 import time
 from collections.abc import Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
+from attended import attended
 from measure import concept_pictures, concept_scores, factors, row
 from world import identities
 
-from loraclr.adapter import Adapter
+from loraclr.adapter import Adapter, DenseLayer, LoraLayer
 from loraclr.collect import QUICK, Collection
 from loraclr.evaluate import paired
 from loraclr.formats import load_adapter
@@ -36,10 +38,12 @@ from loraclr.methods.loraclr import Loraclr
 from loraclr.methods.options import Option
 from loraclr.pack import Pack
 from loraclr.pipeline import Pipeline
+from loraclr.strategies.words import Part
 from loraclr.toybox.judge import Judge
 
 CONCEPTS = 12
 STAGES = ("text", "keys", "spatial")
+SPATIAL = ("attn1.to_q attn1.to_k", "attn1.to_v attn1.to_out", "attn2.to_q", "attn2.to_out")  # kinds of layers of the spatial stage
 # Six settings for every baseline that has something to choose; `sum` and the published optimiser have theirs in `settings`.
 TUNED: Mapping[str, Mapping[str, tuple[Any, ...]]] = {
     "gradient-fusion": {"spatial_steps": (20, 50, 200), "steps": (100, 500)},
@@ -60,11 +64,13 @@ class Setting:
     method: str = "loraclr"
     parameters: Mapping[str, Any] = field(default_factory=dict)
     collection: Collection | None = field(default_factory=Collection)  # None: the method's own
-    merged: tuple[str, ...] = STAGES  # the stages that come from the merge
+    merged: tuple[str, ...] = STAGES  # the stages, or kinds of layers of them, that come from the merge
     rest: str = "nothing"  # the others: "nothing", or every concept's "own" adapter
     pack: bool = False  # built from a pack: every stage collected under the concept's own adapter
     rank: int | None = None  # the most per layer, cut in the metric of the objective
     plain: bool = False  # cut by plain SVD instead
+    attended: float = 0.0  # how much more a pixel counts where the concept's words are attended to most
+    gain: float = 1.0  # of the merged spatial stage
 
 
 @dataclass(frozen=True)
@@ -117,7 +123,13 @@ def settings() -> dict[str, Setting]:
         rows[label] = Setting(parameters={"rounds": 2, "preservation": preservation}, collection=replace(usual, spatial=spatial))
     for stage in STAGES:
         rows[f"only {stage}, own adapter for the rest"] = Setting(merged=(stage,), rest="own")
+    for kinds in SPATIAL:
+        rows[f"only {kinds}, own adapter for the rest"] = Setting(merged=tuple(kinds.split()), rest="own")
     rows["only text"] = Setting(merged=("text",))
+    for more in (1.0, 4.0):
+        rows[f"attended pixels {1 + more:g} times"] = Setting(attended=more)
+    for gain in (1.05, 1.1, 1.2):
+        rows[f"spatial stage times {gain:g}"] = Setting(gain=gain)
     rows["pack"] = Setting(pack=True)
     rows["pack, ridge 0.001"] = Setting(parameters={"ridge": 1e-3}, pack=True)
     rows["pack, held-out ridge"] = Setting(parameters={"choose": "held_out"}, pack=True)
@@ -141,12 +153,27 @@ def stage_of(name: str) -> str:
     return "text" if name.startswith("text_encoder") else "keys" if name.endswith((".attn2.to_k", ".attn2.to_v")) else "spatial"
 
 
+def is_of(name: str, parts: tuple[str, ...]) -> bool:
+    """Whether a layer is of one of the stages, or kinds of layers."""
+    return stage_of(name) in parts or any(f".{part}" in name for part in parts)
+
+
 def hybrid(merged: Adapter, own: Adapter, setting: Setting) -> Adapter:
-    """The merge in `setting.merged` stages, `setting.rest` in the others."""
-    layers = {name: layer for name, layer in merged.layers.items() if stage_of(name) in setting.merged}
+    """The merge in `setting.merged`, `setting.rest` elsewhere."""
+    layers = {name: layer for name, layer in merged.layers.items() if is_of(name, setting.merged)}
     if setting.rest == "own":
-        layers |= {name: layer for name, layer in own.layers.items() if stage_of(name) not in setting.merged}
+        layers |= {name: layer for name, layer in own.layers.items() if not is_of(name, setting.merged)}
     return Adapter(layers, name=own.name, tokens=own.tokens, triggers=own.triggers)
+
+
+def louder(merged: Adapter, gain: float) -> Adapter:
+    """With the spatial stage's change times `gain`."""
+    layers = dict(merged.layers)
+    for name, layer in merged.layers.items():
+        if stage_of(name) == "spatial" and gain != 1:
+            low = isinstance(layer, LoraLayer)
+            layers[name] = replace(layer, scale=gain * layer.scale) if low else DenseLayer(name, gain * layer.delta())
+    return Adapter(layers, name=merged.name, tokens=merged.tokens, triggers=merged.triggers)
 
 
 def run(base: Path, judge: Path, loras: Path, split: str, name: str, rounds: int) -> dict[str, object]:
@@ -166,17 +193,19 @@ def run(base: Path, judge: Path, loras: Path, split: str, name: str, rounds: int
                 size = sum(held.path.stat().st_size for held in pack.files)
                 merged = pack.build(method=setting.method, parameters=setting.parameters)
         else:
-            merged = merge(
-                list(files.values()), base=pipeline, collection=setting.collection, measure=setting.method.startswith("loraclr"),
-                method=PlainCut(rank=setting.rank or 1) if setting.plain else setting.method,
-                parameters=None if setting.plain else setting.parameters, rank=None if setting.plain else setting.rank,
-            )  # fmt: skip
+            with attended([Part(one) for one in adapters.values()], setting.attended) if setting.attended else nullcontext():
+                merged = merge(
+                    list(files.values()), base=pipeline, collection=setting.collection, measure=setting.method.startswith("loraclr"),
+                    method=PlainCut(rank=setting.rank or 1) if setting.plain else setting.method,
+                    parameters=None if setting.plain else setting.parameters, rank=None if setting.plain else setting.rank,
+                )  # fmt: skip
         notes = {kind: round(merged.mean_residual(kind), 3) for kind in ("fit", "held_out")} if merged.collection else {}
         notes["rank"] = max(layer.rank for layer in merged.layers)
         notes["merge_seconds"] = round(time.perf_counter() - began, 1)
         notes |= {"pack_megabytes": round(size / 1e6, 1)} if setting.pack else {}
         whole = setting.merged == STAGES
-        used = {name: merged.adapter if whole else hybrid(merged.adapter, own, setting) for name, own in adapters.items()}
+        adapter = louder(merged.adapter, setting.gain)
+        used = {name: adapter if whole else hybrid(adapter, own, setting) for name, own in adapters.items()}
     scores = concept_scores(Judge.load(judge), concept_pictures(pipeline, calls, used, rounds=rounds), people)
     return {**row(scores, len(calls)), **notes, "pictures": [round(value, 1) for value in scores.identity.tolist()]}
 

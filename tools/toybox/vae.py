@@ -17,6 +17,8 @@ from diffusers import AutoencoderKL
 from PIL import Image
 from torch import Tensor, nn
 
+from loraclr.loading import half
+
 CROP = 32
 HELD_OUT = 512  # the last rows of single.npy are never trained on
 
@@ -60,7 +62,7 @@ def start(data: Path, trainer: twin.Trainer) -> None:
         x = pixels(array[next(order).sort().values.numpy()][:, top : top + CROP, left : left + CROP])
         if torch.rand(()) < 0.5:
             x = x.flip(-1)
-        with torch.autocast("cpu", torch.bfloat16):
+        with half("cpu"):
             posterior = vae.encode(x).latent_dist
             noise = torch.randn_like(posterior.mean)
             y = vae.decode((posterior.mean + posterior.std * noise).to(x.dtype)).sample

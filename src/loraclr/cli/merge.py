@@ -45,7 +45,10 @@ def merge(
     dtype: Annotated[Literal["fp16", "fp32"], typer.Option(help="Precision of the output.")] = "fp16",
     seed: CollectionSeed = 0,
     quick: Annotated[
-        bool, typer.Option("--quick", help="A tenth of the passes through the UNet, in bfloat16: for large models without a GPU.")
+        bool,
+        typer.Option(
+            "--quick", help="A tenth of the passes through the UNet, in bfloat16 if the device can: for large models without GPU."
+        ),
     ] = False,
     allow: Annotated[
         list[str],

@@ -8,7 +8,6 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
 from PIL.Image import Image
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
@@ -17,6 +16,7 @@ from loraclr import disk
 from loraclr.adapter import Adapter
 from loraclr.conditioning import Region
 from loraclr.formats import load_adapter
+from loraclr.loading import half
 from loraclr.merge import MergeResult, merge
 from loraclr.pipeline import Pipeline
 from loraclr.toybox import Toybox, open_toybox
@@ -64,7 +64,7 @@ class Studio:
         return images
 
     def sample(self, prompts: Sequence[str], seeds: Sequence[int], **settings: object) -> list[Image]:
-        with torch.autocast("cpu", torch.bfloat16):
+        with half(self.pipeline.device):
             return self.pipeline.sample(prompts, seeds=seeds, **settings)  # type: ignore[arg-type]
 
     def scores(self, images: Sequence[Image]) -> Scores:

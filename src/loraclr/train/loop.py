@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from loraclr.errors import PipelineError, TrainError
+from loraclr.loading import half
 from loraclr.train.data import Examples
 from loraclr.train.recipe import Recipe
 from loraclr.train.student import Student
@@ -125,7 +126,7 @@ def _loss(student: Student, recipe: Recipe, diffusion: Diffusion, own: Examples,
     student.maps.clear()
     student.watching = watching
     try:
-        with torch.autocast(device.type, torch.bfloat16, enabled=student.bf16):
+        with half(device, student.bf16):
             states, added = student.conditions(prompts, pad=padded, size=own.size)
             predicted = student.pipeline.pipe.unet(noisy, times, states, added_cond_kwargs=added, return_dict=False)[0]
     finally:

@@ -29,7 +29,7 @@ Clip = Annotated[float, Option("the largest gradient norm; 0: any", 0)]
 Flip = Annotated[bool, Option("mirror half of the pictures")]
 NoiseOffset = Annotated[float, Option("strength of a noise that is constant over a picture's channel", 0)]
 FullLength = Annotated[float, Option("share of steps in which prompts are padded to the text encoder's length, as in sampling", 0)]
-Bf16 = Annotated[bool, Option("compute in bfloat16 where that is safe (autocast); weights stay float32")]
+Bf16 = Annotated[bool, Option("compute in bfloat16 where that is safe (autocast), if the device can; weights stay float32")]
 PriorWeight = Annotated[float, Option("weight of the loss on pictures of the class (prior preservation); 0: none are used", 0)]
 PriorPictures = Annotated[int, Option("pictures of the class that the base draws where no folder of them is given", 1)]
 

@@ -13,7 +13,7 @@ from torch.nn import functional
 
 from loraclr.adapter import DenseLayer, Layer, LoraLayer
 from loraclr.conditioning import conditioned, text_states
-from loraclr.loading import silenced
+from loraclr.loading import has_bfloat16, silenced
 from loraclr.pipeline import Pipeline
 from loraclr.train.attention import watched
 
@@ -92,7 +92,7 @@ class Student:
                     stack.callback(setattr, module, "training", module.training)
                 part.eval()
             attentions = [pipe.unet.get_submodule(path) for path in self.pipeline.cross_attention_layers]
-            if self.bf16 and self.device.type == "cpu":
+            if self.bf16 and self.device.type == "cpu" and has_bfloat16(self.device):
                 _plain_attention(pipe, stack)
             if self._watch:
                 stack.enter_context(watched(attentions, self.maps, lambda: self.watching))
