@@ -10,7 +10,7 @@ from test_families import SMALL, adapter, of_each_stage, same, weights
 
 from loraclr.collect import Concept, collect
 from loraclr.errors import PipelineError, UsageError
-from loraclr.loading import chosen, placed
+from loraclr.loading import chosen, half, has_bfloat16, placed
 from loraclr.merge import merge
 from loraclr.pipeline import Pipeline
 
@@ -138,3 +138,13 @@ def test_offloading_asks_diffusers_for_it_on_that_device(monkeypatch):
 
     pipe = Pipe()
     assert placed(lambda: pipe, "cuda", offload=True) is pipe and asked == [torch.device("cuda")]
+
+
+@pytest.mark.parametrize(("able", "expected"), [({"avx512_bf16": True}, True), ({"avx2": True, "avx512_bf16": False}, False)])
+def test_bfloat16_is_used_where_the_processor_has_it(monkeypatch, able, expected):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: able, raising=False)
+    rows = torch.randn(4, 4)
+    assert has_bfloat16(torch.device("cpu")) is expected
+    for wanted in (True, False):
+        with half("cpu", wanted):
+            assert (torch.nn.functional.linear(rows, rows).dtype == torch.bfloat16) is (wanted and expected)

@@ -53,14 +53,14 @@ def test_subsets_are_nested_and_differ_between_orders():
 
 
 def test_a_difference_is_of_the_same_pictures():
-    import report
+    import rows
 
     alone = row("alone", [1.0, 0.0, 0.5, 0.5], concepts=("a", "b"))
     merged = row("merged", [0.5, 0.25], concepts=("b",))  # a subset: b's pictures only
-    found = report.difference(merged, alone, "identity")
+    found = rows.difference(merged, alone, "identity")
     assert found.mean == pytest.approx((0.5 - 0.5 + 0.25 - 0.5) / 2) and found.count == 2
     more = row("merged", [1.0, 9.0, 1.0, 9.0], concepts=("a",), seeds=2)  # of its seeds, only those that both have
-    assert report.difference(more, alone, "identity").mean == pytest.approx((1.0 - 1.0 + 1.0 - 0.0) / 2)
+    assert rows.difference(more, alone, "identity").mean == pytest.approx((1.0 - 1.0 + 1.0 - 0.0) / 2)
 
 
 def test_rows_drawn_anew_must_lie_within_the_committed_intervals():
@@ -71,6 +71,26 @@ def test_rows_drawn_anew_must_lie_within_the_committed_intervals():
     (problem, *_) = report.apart({"x": row("merged", [0.5, 0.5, 0.5, 0.5])}, {"x": row("merged", [0.5, 0.5, 0.5, 0.6])})
     assert "x: text 0.525" in problem
     assert report.apart(known, {"y": known["x"]}) == ["y: not among the committed rows"]
+
+
+@pytest.mark.parametrize(
+    ("merged", "expected"), [([1.0] * 4, "reproduced"), ([0.0, 0.5] * 2, "**not reproduced**"), ([0.1, 1.7] * 2, "undecided")]
+)
+def test_a_claim_is_judged_by_its_interval(merged, expected):
+    import claims
+
+    table = {"alone, edlora": row("alone", [1.0] * 4), claims.PAPER: row("merged", merged)}
+    found, judged = claims.kept(claims.PAPER, "identity", "+.029")(claims.Evidence(table, {}))
+    assert judged == expected and "published +.029" in found
+
+
+def test_what_is_best_is_told_beside_the_next():
+    import claims
+
+    table = {name: row("merged", [value] * 4) for name, value in ((claims.PAPER, 0.7), (claims.FUSION, 0.8), ("P+", 0.2))}
+    assert claims.highest("identity")(claims.Evidence(table, {})) == (".700; MoS (gradient fusion) .800", "**not reproduced**")
+    table[claims.PAPER] = row("merged", [0.9] * 4)
+    assert claims.highest("image")(claims.Evidence(table, {}))[1] == "reproduced"
 
 
 def test_tables_are_written_between_their_marks_and_nowhere_else(tmp_path, monkeypatch):
@@ -85,11 +105,12 @@ def test_tables_are_written_between_their_marks_and_nowhere_else(tmp_path, monke
     }
     (tmp_path / "table1.json").write_text(json.dumps(known))
     page = tmp_path / "results.md"
-    page.write_text("".join(f"<!-- {mark} -->\nold\n<!-- end of {mark} -->\nkept\n" for mark in ("table1", "controls", "paper")))
+    page.write_text("".join(f"<!-- {mark} -->\nold\n<!-- end of {mark} -->\nkept\n" for mark in ("table1", "controls", "paper", "claims")))
     monkeypatch.setattr(sys, "argv", ["report.py", str(tmp_path), str(page)])
     report.main()
     text = page.read_text()
-    assert "old" not in text and text.count("kept\n") == 3 and f"| {name} | {recipe} | 1.000, .750 | -.250 (" in text
+    assert "old" not in text and text.count("kept\n") == 4 and f"| {name} | {recipe} | 1.000, .750 | -.250 (" in text
+    assert "is not drawn yet | open |" in text and "| people prefer it: 3.42 against 2.41 | Table 2 |" in text
     page.write_text("nothing to write to\n")
     with pytest.raises(SystemExit, match="table1"):
         report.main()

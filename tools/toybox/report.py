@@ -8,56 +8,15 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
-import torch
+from claims import Evidence, claims
 from results import TABLE
-from torch import Tensor
-
-from loraclr.evaluate import Estimate, estimate, paired
-
-Known = Mapping[str, Mapping[str, Any]]
-SHOWN = ("text", "image", "identity", "attributes")
-
-
-def values(row: Mapping[str, Any], measure: str, names: Sequence[str] = ()) -> Tensor:
-    """(concepts, prompts, seeds) values of a row, NaN where there is none; of `names` only."""
-    whole = torch.tensor([math.nan if value is None else value for value in row["values"][measure]], dtype=torch.float64)
-    shaped = whole.view(len(row["concepts"]), row["prompts"], row["seeds"])
-    return shaped[[row["concepts"].index(name) for name in names]] if names else shaped
-
-
-def factors(shaped: Tensor) -> list[list[int]]:
-    """Concept, prompt and seed of each value, all three drawn anew by intervals."""
-    places = torch.cartesian_prod(*(torch.arange(size) for size in shaped.shape))
-    return [column.tolist() for column in places.view(-1, 3).unbind(1)]
-
-
-def mean_of(row: Mapping[str, Any], measure: str) -> Estimate:
-    shaped = values(row, measure)
-    return estimate(shaped.flatten(), factors=factors(shaped))
-
-
-def difference(row: Mapping[str, Any], alone: Mapping[str, Any], measure: str) -> Estimate:
-    """Merged minus alone, over the pictures that both have."""
-    ours, theirs = values(row, measure), values(alone, measure, row["concepts"])
-    seeds = min(ours.shape[2], theirs.shape[2])
-    ours, theirs = ours[:, :, :seeds], theirs[:, :, :seeds]
-    return paired(ours.flatten(), theirs.flatten(), factors=factors(ours))
-
-
-def number(value: float) -> str:
-    return f"{value:.3f}".replace("0.", ".", 1) if abs(value) < 1 else f"{value:.3f}"
-
-
-def spread(found: Estimate, *, signed: bool = False) -> str:
-    told = [f"{value:+.3f}".replace("0.", ".", 1) if signed else number(value) for value in (found.mean, found.low, found.high)]
-    return f"{told[0]} ({told[1]} to {told[2]})"
+from rows import OWN, SHOWN, Known, difference, header, lost, mean_of, number, spread
 
 
 def table1(known: Known) -> str:
@@ -101,10 +60,6 @@ def paper(known: Known) -> str:
     return "\n".join(lines)
 
 
-def header(*names: str) -> list[str]:
-    return [f"| {' | '.join(names)} |", f"|{'---|' * len(names)}"]
-
-
 def counts(known: Known, table: Known) -> str:
     """Mean difference to each adapter alone, over the orders: of all merged concepts, and of the first two of each order."""
     lines = header("concepts", "method", "identity, all", "attributes, all", "attributes, the first two", "image, all", "text, all")
@@ -119,10 +74,6 @@ def counts(known: Known, table: Known) -> str:
             told.append(mean([lost(row, known["alone, edlora"], measure, row["concepts"][:part]) for row in rows]))
         lines.append(f"| {count} | {method} | {' | '.join(f'{value:+.3f}' for value in told)} |")
     return "\n".join(lines)
-
-
-def lost(row: Mapping[str, Any], alone: Mapping[str, Any], measure: str, names: Sequence[str]) -> float:
-    return float(values(row, measure, names).nanmean() - values(alone, measure, names).nanmean())
 
 
 def margins(known: Known, table: Known) -> str:
@@ -160,7 +111,23 @@ def scenes(known: Known, table: Known) -> str:
     return "\n".join(lines)
 
 
-FIGURES = {"counts": counts, "margins": margins, "inputs": inputs, "scenes": scenes}
+def mixture(known: Known, table: Known) -> str:
+    """Means of every kind of concept, and the difference to the own adapters; text, image, and ToyFace's cosine where there are faces."""
+    kinds = ("people", "things", "styles", "people in a style")
+    own = known[OWN]["groups"]
+    lines = header("one model of 18", *(f"{kind}: text, image{', face' if 'people' in kind else ''}" for kind in kinds))
+    for name, row in known.items():
+        cells = []
+        for kind in kinds:
+            told = [(mean(values), mean(own[kind][measure])) for measure, values in row["groups"][kind].items()]
+            cells.append(
+                ", ".join(number(value) if row["kind"] == "alone" else f"{number(value)} ({value - was:+.3f})" for value, was in told)
+            )
+        lines.append(f"| {' | '.join([name, *cells])} |")
+    return "\n".join(lines)
+
+
+FIGURES = {"counts": counts, "margins": margins, "inputs": inputs, "scenes": scenes, "mixture": mixture}
 
 
 def apart(known: Known, new: Known) -> list[str]:
@@ -194,10 +161,9 @@ def main() -> None:
         problems = apart(table, json.loads(arguments.against.read_text()))
         print("\n".join(problems) or "all rows lie within the committed intervals")
         raise SystemExit(bool(problems))
-    blocks = {"table1": table1(table), "controls": controls(table), "paper": paper(table)}
-    for name, render in FIGURES.items():
-        if (file := arguments.evidence / f"{name}.json").exists():
-            blocks[name] = render(json.loads(file.read_text()), table)
+    figures = {path.stem: json.loads(path.read_text()) for path in arguments.evidence.glob("*.json") if path.stem in FIGURES}
+    blocks = {name: FIGURES[name](known, table) for name, known in figures.items()}
+    blocks |= {"table1": table1(table), "controls": controls(table), "paper": paper(table), "claims": claims(Evidence(table, figures))}
     arguments.page.write_text(written(arguments.page.read_text(), blocks))
 
 
