@@ -6,16 +6,17 @@ seed as every other concept. All concepts record the union of adapted layers: wh
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 
 import torch
 from torch import Tensor
 
-from loraclr.adapter import Adapter, Layer
+from loraclr.adapter import Adapter, Layer, LoraLayer
 from loraclr.errors import UsageError
+from loraclr.modules import side_by_side
 from loraclr.pipeline import Pipeline
 from loraclr.scratch import Read, Sample, Scratch
 from loraclr.statistics import LayerStats, Moments
@@ -192,8 +193,7 @@ def collect(
         stack.enter_context(pipeline.applied(dict(merged or {})))
         stack.enter_context(pipeline.with_tokens(tokens))
         for concept in concepts:
-            own = {layer.name: layer for layer in concept.adapter if layer.name in set(names)}
-            with pipeline.applied(own, scale=concept.weight):
+            with _changed(pipeline, {} if stage == "keys" else concept.adapter.layers, names, concept.weight):  # texts come before keys
                 for kind, templates in (("fit", fit), ("held_out", held_out)):
                     prompts = [template.replace("{}", concept.call) for template in templates]
                     recorder = _Recorder(keep, ends=ends) if kind == "fit" else _Recorder()
@@ -217,6 +217,17 @@ def collect(
         )
         for name in names
     }
+
+
+@contextmanager
+def _changed(pipeline: Pipeline, layers: Mapping[str, Layer], names: Sequence[str], weight: float) -> Iterator[None]:
+    """Inside, those of `layers` that are among `names` act: low-rank ones beside the weights, of which they need no copies."""
+    own = [layers[name] for name in names if name in layers]
+    pipeline.modules.fitting({layer.name: layer for layer in own})
+    low = {layer.name: layer for layer in own if isinstance(layer, LoraLayer)}
+    whole = {layer.name: layer for layer in own if layer.name not in low}
+    with pipeline.applied(whole, scale=weight), side_by_side(pipeline.modules, [(low, weight)]):
+        yield
 
 
 def stage_of(pipeline: Pipeline, names: Sequence[str]) -> str:

@@ -7,19 +7,18 @@ from the same seed; the N x N sums are exact up to float32 features.
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Container, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
-from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional
+from torch import Tensor
 
-from loraclr.adapter import Layer, LoraLayer
+from loraclr.adapter import Layer
 from loraclr.collect import ALL_ROWS, LATENTS, Collection, Concept, collect, stage_of
 from loraclr.methods.contrast import Tally
 from loraclr.methods.problem import LayerProblem, LayerSolution
+from loraclr.modules import side_by_side
 from loraclr.pipeline import Pipeline
 
 
@@ -69,7 +68,7 @@ def _spatial(
     with ExitStack() as stack:
         stack.enter_context(pipeline.applied(dict(merged)))
         stack.enter_context(pipeline.with_tokens(tokens))
-        stack.enter_context(side_by_side(pipeline, [(_among(concept, tallies), concept.weight) for concept in concepts]))
+        stack.enter_context(side_by_side(pipeline.modules, [(_among(concept, tallies), concept.weight) for concept in concepts]))
         stack.enter_context(pipeline.captured(list(tallies), add))
         for index, template in enumerate(settings.fit[: settings.spatial]):
             prompts, seed = [template.replace("{}", concept.call) for concept in concepts], settings.seed + LATENTS["fit"] + index
@@ -79,39 +78,3 @@ def _spatial(
 
 def _among(concept: Concept, names: Container[str]) -> dict[str, Layer]:
     return {name: layer for name, layer in concept.adapter.layers.items() if name in names}
-
-
-@contextmanager
-def side_by_side(pipeline: Pipeline, parts: Sequence[tuple[Mapping[str, Layer], float]]) -> Iterator[None]:
-    """Inside, every batch is cut into len(parts) equal ones, and part k has the k-th changes, times their weight, in its layers."""
-
-    def hook(name: str, module: nn.Module) -> Any:
-        changes = [(layers.get(name), weight) for layers, weight in parts]
-
-        def add(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
-            split = zip(changes, inputs[0].chunk(len(parts)), output.chunk(len(parts)), strict=True)
-            return torch.cat([out if layer is None else out + weight * _through(layer, module, x) for (layer, weight), x, out in split])
-
-        return module.register_forward_hook(add)
-
-    with ExitStack() as handles:
-        for name in dict.fromkeys(name for layers, _ in parts for name in layers):
-            handles.callback(hook(name, pipeline.modules[name]).remove)
-        yield
-
-
-def _through(layer: Layer, module: nn.Module, x: Tensor) -> Tensor:
-    """What the change of one layer adds to the module's output on its input x."""
-    assert isinstance(module.weight, Tensor)
-    kernel = module.weight.shape[1:]
-    if not isinstance(layer, LoraLayer):
-        return _apply(module, layer.delta(x.dtype).to(x.device).view(-1, *kernel), x)
-    inner = _apply(module, layer.down.to(x).view(-1, *kernel), x)
-    up = layer.up.to(x).flatten(1) * layer.scale
-    return functional.conv2d(inner, up[:, :, None, None]) if isinstance(module, nn.Conv2d) else functional.linear(inner, up)
-
-
-def _apply(module: nn.Module, weight: Tensor, x: Tensor) -> Tensor:
-    if isinstance(module, nn.Conv2d):
-        return functional.conv2d(x, weight, None, module.stride, module.padding, module.dilation)
-    return functional.linear(x, weight)
