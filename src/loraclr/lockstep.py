@@ -7,7 +7,8 @@ from the same seed; the N x N sums are exact up to float32 features.
 
 from __future__ import annotations
 
-from collections.abc import Container, Mapping, Sequence
+from collections import deque
+from collections.abc import Container, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 
@@ -29,9 +30,10 @@ def settled(
     *,
     settings: Collection,
     merged: Mapping[str, Layer],
-) -> list[tuple[LayerProblem, LayerSolution]]:
+) -> Iterator[tuple[LayerProblem, LayerSolution]]:
     """One stage's layers, solved, with their claims settled by exact distances over all paired rows of the fit prompts.
 
+    The pass is done at once; layers are settled as they are asked for, and then let go of.
     `settings` and the `merged` layers of earlier stages are those of the collection. Texts of different length are paired from their
     ends, as far as the shortest. A solution without a claim stays as it is.
     """
@@ -41,10 +43,13 @@ def settled(
         run = _spatial if stage_of(pipeline, list(tallies)) == "spatial" else _texts
         with torch.inference_mode():
             run(pipeline, concepts, tallies, settings, merged)
-    return [
-        (problem, solution if solution.claim is None else solution.claim.settle(tallies[problem.layer].distances()))
-        for problem, solution in solved
-    ]
+    return _settle(deque(solved), tallies)
+
+
+def _settle(left: deque[tuple[LayerProblem, LayerSolution]], tallies: dict[str, Tally]) -> Iterator[tuple[LayerProblem, LayerSolution]]:
+    while left:
+        problem, solution = left.popleft()
+        yield problem, solution if solution.claim is None else solution.claim.settle(tallies.pop(problem.layer).distances())
 
 
 def _texts(

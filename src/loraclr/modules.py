@@ -143,7 +143,7 @@ def side_by_side(layers: Mapping[str, nn.Module], parts: Sequence[tuple[Mapping[
         def add(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
             for change, x, out in zip(changes, inputs[0].chunk(len(parts)), output.chunk(len(parts)), strict=True):
                 if change is not None:
-                    out += _through(*change, module, x.to(out))
+                    out.add_(_through(*change, module, x.to(out)))
             return output
 
         return add
