@@ -396,7 +396,8 @@ def _receipt(
     parts = [part for part in (solution.change, solution.up, solution.down) if part is not None]
     if not all(bool(torch.isfinite(part).all()) for part in parts):
         raise MergeError(f"{problem.layer}: {method} gave NaN or infinity; raise its regularisation or check this layer of the inputs")
-    up, down, lost = file_factors(problem, solution, rank)
+    exact_up, exact_down, lost = file_factors(problem, solution, rank)
+    up, down = exact_up.float(), exact_down.float()  # all layers together have no room in double precision; judged is what is kept
     layer: Layer = LoraLayer(
         problem.layer,
         down.view(-1, *problem.shape[1:]),
