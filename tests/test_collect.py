@@ -11,7 +11,7 @@ from concepts import KEYS, SMALL, SPATIAL, TEXT, concept, fingerprint, three
 from torch import Tensor
 
 from loraclr import linalg, loading
-from loraclr.adapter import Adapter
+from loraclr.adapter import Adapter, DenseLayer, LoraLayer
 from loraclr.collect import PAPER, Collection, Concept, collect
 from loraclr.errors import PipelineError, UsageError
 from loraclr.pipeline import Pipeline
@@ -335,3 +335,48 @@ def test_mistakes(pipeline, concepts):
         Collection(precision="half")
     foreign = Concept(Adapter.of([concepts[0].adapter.layers[TEXT[0]]], name="x"), "x")
     assert collect(pipeline, [foreign], TEXT[:1], settings=SMALL)[TEXT[0]].concepts == ("x",)
+
+
+@pytest.mark.parametrize("names", [TEXT, SPATIAL], ids=["text", "spatial"])
+def test_low_rank_changes_act_beside_the_weights_as_whole_ones_do_in_them(pipeline, concepts, names):
+    """No weight of a low-rank adapter's is copied or written to; what the layers see is what they see with the change added in."""
+    ada = concepts[0].adapter
+    dense = {name: DenseLayer(name, layer.delta()) if isinstance(layer, LoraLayer) else layer for name, layer in ada.layers.items()}
+    kept, changed = {name: pipeline.base_weight(name).clone() for name in names}, set()
+
+    def look(name, rows):
+        changed.update(name for name in names if not torch.equal(pipeline.base_weight(name), kept[name]))
+
+    found = {}
+    for label, adapter in (("low", ada), ("dense", ada.with_(layers=dense))):
+        changed.clear()
+        with pipeline.captured(names, look):
+            found[label] = collect(pipeline, [Concept(adapter, "ada woman", 0.7)], names, settings=SMALL)
+        assert changed == (set() if label == "low" else set(names))
+    for name in names:
+        for kind in ("fit", "held_out"):
+            low, whole = (getattr(found[label][name], kind)["ada"] for label in ("low", "dense"))
+            assert_moments_equal(low, whole, 1e-5)
+        assert torch.allclose(found["low"][name].sample["ada"], found["dense"][name].sample["ada"], rtol=1e-3, atol=1e-4)
+
+
+def test_texts_of_all_concepts_are_encoded_together_for_keys(pipeline, concepts, monkeypatch):
+    """Also across the border of what is encoded ahead; each concept's statistics are those of its texts alone."""
+    plain = [concepts[0], concepts[2]]
+    settings = dataclasses.replace(SMALL, padded=False)
+    alone = {concept.name: collect(pipeline, [concept], KEYS, settings=settings)[KEYS[0]] for concept in plain}
+    passes = []
+    handle = pipeline._pipe.text_encoder.register_forward_hook(lambda *_: passes.append(1))
+    counts = {}
+    for ahead in (1000, 4, 1):
+        monkeypatch.setattr(MODULE, "AHEAD", ahead)
+        passes.clear()
+        found = collect(pipeline, plain, KEYS, settings=settings)[KEYS[0]]
+        counts[ahead] = len(passes)
+        for name, one in alone.items():
+            assert_moments_equal(found.fit[name], one.fit[name])
+            assert_moments_equal(found.held_out[name], one.held_out[name])
+            assert_moments_equal(found.preserve, one.preserve)
+    handle.remove()
+    lengths = {pipeline.token_count(text) for c in plain for text in (*prompts((*SMALL.fit, *SMALL.held_out), c.call), *SMALL.preserve)}
+    assert counts[1000] == len(lengths) < counts[4] < counts[1]

@@ -10,8 +10,8 @@ import torch
 from problems import features, make_problem
 
 from loraclr import linalg
-from loraclr.methods import cross_talk, make_method
-from loraclr.methods.crosstalk import inner_products
+from loraclr.methods import cross_talk, make_method, residuals
+from loraclr.methods.crosstalk import inner_products, residuals_of, tables_of
 from loraclr.statistics import Moments
 
 
@@ -23,7 +23,7 @@ def test_inner_products_are_those_of_the_outputs():
     problem = make_problem(3, rows=9)
     for rows in (torch.randn(9, 6, dtype=torch.float64), torch.randn(3, 6, dtype=torch.float64)):
         outputs = [rows @ delta.T for delta in problem.deltas()]
-        table = inner_products(problem.factors, Moments.of(rows))
+        table = inner_products(problem.factors, [Moments.of(rows)])[0]
         expected = torch.tensor([[float((a * b).sum()) for b in outputs] for a in outputs], dtype=torch.float64)
         assert torch.allclose(table, expected, rtol=1e-10)
 
@@ -104,3 +104,13 @@ def test_adapters_that_are_alike_share_what_cannot_be_told_apart():
     problem = make_problem(2)
     twins = replace(problem, layers=(problem.layers[0], problem.layers[0]))
     assert torch.allclose(of_delta(twins, twins.delta(0)).after[0], torch.full((2,), 0.5, dtype=torch.float64), atol=1e-6)
+
+
+@pytest.mark.parametrize("rows", [4, 40])
+def test_residuals_are_in_the_same_tables(rows):
+    problem = make_problem(3, rows=rows)
+    problem = replace(problem, layers=(*problem.layers[:2], None))
+    up, down = torch.randn(8, 3, dtype=torch.float64), torch.randn(3, 6, dtype=torch.float64)
+    found = residuals_of(tables_of(problem, up, down), problem.concepts, 3)
+    assert {f"fit/{name}": pytest.approx(value, rel=1e-9) for name, value in found.items()} == residuals(problem, (up, down), ["fit"])
+    assert set(found) == {"c0", "c1"}

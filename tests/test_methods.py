@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import gc
 import math
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -14,7 +16,8 @@ from loraclr.methods import METHODS, NEEDS, AdapterMethod, LayerMethod, make_met
 from loraclr.methods.contrast import Contrast
 from loraclr.methods.loraclr import LADDER, Loraclr
 from loraclr.methods.loraclr_reference import LoraclrReference
-from loraclr.methods.quadratic import Quadratic
+from loraclr.methods.problem import Siblings
+from loraclr.methods.quadratic import Quadratic, _Sums
 from loraclr.statistics import LayerStats, Moments
 
 EYE = torch.eye(8, dtype=torch.float64)  # writes any delta (8, in) as Q V
@@ -607,3 +610,40 @@ def test_dense_inputs(rank):
     assert relative(solution.delta(), (torch.linalg.pinv(x) @ e).T) < 1e-11
     assert solution.up.shape[1] == (4 if rank == 2 else 6)
     assert relative(make_method("sum").solve(problem).delta(), change + lora.delta(torch.float64)) < 1e-13
+
+
+# ---- what siblings share
+
+
+@pytest.mark.parametrize("rows", [4, 40], ids=["dual", "primal"])
+@pytest.mark.parametrize("settings", [{}, {"prior": "mean"}, {"preservation": 0.0}, {"choose": "held_out"}, {"penalty": 0.1}])
+def test_siblings_are_solved_as_alone_and_their_sums_are_made_once(rows, settings, monkeypatch):
+    """Layers that saw the very same rows, with adapters of their own; then one that saw others."""
+    one, other = (make_problem(2, rows=rows, width=30, preserve=8, seed=seed) for seed in (0, 1))
+    two = replace(one, layers=make_problem(2, rows=rows, width=30, seed=5).layers)
+    method, siblings, made = Loraclr(**settings), Siblings(), []
+    alone = [method.solve(problem).delta() for problem in (one, two, other, one)]
+    add = _Sums._add
+    monkeypatch.setattr(_Sums, "_add", lambda self, moments: made.append(moments.count) or add(self, moments))
+    counts, found = [], []
+    for problem in (one, two, other, one):
+        made.clear()
+        found.append(method.solve(replace(problem, siblings=siblings)).delta())
+        counts.append(len(made))
+    assert all(torch.equal(a, b) for a, b in zip(alone, found, strict=True))
+    if "choose" not in settings:
+        assert counts[0] == counts[2] == counts[3] == 2 + (settings.get("preservation", 1.0) > 0) and counts[1] == 0
+
+
+def test_a_solution_that_waits_holds_no_sums():
+    """As many wait as a stage has layers, each with Grams of its inputs; the metric of a cut is made anew, and is the same."""
+    problem = make_problem(3, rows=40)
+    assert problem.statistics is not None
+    solution = Loraclr(certificate="exact", margin=0.5, margin_mode="relative").solve(problem)
+    seen = [*problem.statistics.fit.values(), problem.statistics.preserve]
+    (sums,) = map(weakref.ref, problem.siblings.of(seen).values())
+    assert solution.claim is not None and sums() is not None
+    problem.siblings.of([])  # as the next layer does
+    gc.collect()
+    assert sums() is None
+    assert torch.allclose(solution.metric(), Loraclr(margin=0.0).solve(problem).metric(), rtol=1e-12)

@@ -8,10 +8,12 @@ import importlib
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -303,6 +305,50 @@ def test_the_second_run_on_one_output_is_told(command, refused, tmp_path):
         elsewhere(lambda: said.append(refused(command, output)))
         assert "another run is writing it" in said[0]
         assert {name: data for name, data in tree(tmp_path).items() if "pictures" not in name} == before
+
+
+def locked(file: Path) -> bool:
+    """Whether some process has it, asked without taking it."""
+    held = [line.split() for line in Path("/proc/locks").read_text().splitlines()]
+    return file.exists() and any(words[1] == "FLOCK" and words[5].endswith(f":{file.stat().st_ino}") for words in held)
+
+
+@pytest.mark.skipif(not Path("/proc/locks").exists(), reason="needs Linux to see who has the output")
+def test_of_two_merges_into_one_output_the_first_wins_whole_and_the_second_is_told(world, tmp_path):
+    """Two processes; the first is held up where it has the output, until the second has ended."""
+    output = tmp_path / "out.safetensors"
+    asked = [sys.executable, "-W", "ignore", "-m", "loraclr", *words("merge", world, output)]
+    with subprocess.Popen(asked, stdout=subprocess.DEVNULL) as first:
+        while not locked(tmp_path / ".out.safetensors.lock"):
+            assert first.poll() is None, "it ended before it had the output"
+            time.sleep(0.001)
+        first.send_signal(signal.SIGSTOP)
+        try:
+            assert not output.exists()
+            second = subprocess.run([*asked, "--weight", "ada=0.5", "--force"], capture_output=True, text=True, check=False)
+        finally:
+            first.send_signal(signal.SIGCONT)
+        assert second.returncode == 1 and "another run is writing it" in second.stderr and len(second.stderr.splitlines()) == 1
+        assert first.wait() == 0
+    alone = tmp_path / "alone"
+    alone.mkdir()
+    assert main(words("merge", world, alone / "out.safetensors")) == 0
+    assert output.read_bytes() == (alone / "out.safetensors").read_bytes()
+    assert {name for name in tree(tmp_path) if not name.startswith("alone")} == set(tree(alone)), "nothing is left over"
+
+
+@pytest.mark.parametrize("command", [*ONE_FILE, "compare"])
+def test_what_another_run_ended_meanwhile_is_not_replaced(command, refused, monkeypatch, tmp_path):
+    """It ends after the output was looked at and before it is reserved."""
+    output, reserved = tmp_path / OUTPUTS[command], disk.reserved
+
+    def late(path: Path, *beside: Path) -> contextlib.AbstractContextManager[None]:
+        path.write_text("theirs")
+        return reserved(path, *beside)
+
+    monkeypatch.setattr(disk, "reserved", late)
+    assert "exists already" in refused(command, output)
+    assert tree(tmp_path) == {output.name: b"theirs"}
 
 
 def test_two_trainings_in_one_work_folder(world, tmp_path):

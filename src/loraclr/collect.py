@@ -6,16 +6,18 @@ seed as every other concept. All concepts record the union of adapted layers: wh
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import chain
 
 import torch
 from torch import Tensor
 
-from loraclr.adapter import Adapter, Layer
+from loraclr.adapter import Adapter, Layer, LoraLayer
 from loraclr.errors import UsageError
+from loraclr.modules import side_by_side
 from loraclr.pipeline import Pipeline
 from loraclr.scratch import Read, Sample, Scratch
 from loraclr.statistics import LayerStats, Moments
@@ -57,6 +59,7 @@ ALL_ROWS = 1 << 31
 PRECISIONS = ("float32", "bfloat16")
 PIXELS = 512 * 512  # of the pictures that go through the UNet at once: what its passes and rows take stays small
 TEXTS = 32  # prompts through a text encoder at once
+AHEAD = 256  # prompts of several concepts of which those go together that have as many tokens
 
 
 @dataclass(frozen=True)
@@ -191,19 +194,20 @@ def collect(
     with ExitStack() as stack, torch.inference_mode():
         stack.enter_context(pipeline.applied(dict(merged or {})))
         stack.enter_context(pipeline.with_tokens(tokens))
+        asked = [[t.replace("{}", concept.call) for t in templates] for concept in concepts for templates in (fit, held_out)]
+        said = _encoded(pipeline, [*asked, list(free)], padded=settings.padded) if stage == "keys" and not layered else None
         for concept in concepts:
-            own = {layer.name: layer for layer in concept.adapter if layer.name in set(names)}
-            with pipeline.applied(own, scale=concept.weight):
+            with _changed(pipeline, {} if stage == "keys" else concept.adapter.layers, names, concept.weight):  # texts come before keys
                 for kind, templates in (("fit", fit), ("held_out", held_out)):
                     prompts = [template.replace("{}", concept.call) for template in templates]
                     recorder = _Recorder(keep, ends=ends) if kind == "fit" else _Recorder()
-                    _record(pipeline, stage, names, prompts, settings, recorder, latents=LATENTS[kind], layered=layered)
+                    _record(pipeline, stage, names, prompts, settings, recorder, latents=LATENTS[kind], layered=layered, said=said)
                     found[kind][concept.name] = recorder.moments if scratch is None else scratch.moments(recorder.moments)
                     if kind == "fit":
                         kept[concept.name] = recorder.put(scratch)
             if progress:
                 progress(concept.name)
-        _record(pipeline, stage, names, list(free), settings, preserve, latents=LATENTS["preserve"], layered=layered)
+        _record(pipeline, stage, names, list(free), settings, preserve, latents=LATENTS["preserve"], layered=layered, said=said)
         preserved = preserve.moments if scratch is None else scratch.moments(preserve.moments)
         if progress:
             progress("preservation")
@@ -217,6 +221,17 @@ def collect(
         )
         for name in names
     }
+
+
+@contextmanager
+def _changed(pipeline: Pipeline, layers: Mapping[str, Layer], names: Sequence[str], weight: float) -> Iterator[None]:
+    """Inside, those of `layers` that are among `names` act: low-rank ones beside the weights, of which they need no copies."""
+    own = [layers[name] for name in names if name in layers]
+    pipeline.modules.fitting({layer.name: layer for layer in own})
+    low = {layer.name: layer for layer in own if isinstance(layer, LoraLayer)}
+    whole = {layer.name: layer for layer in own if layer.name not in low}
+    with pipeline.applied(whole, scale=weight), side_by_side(pipeline.modules, [(low, weight)]):
+        yield
 
 
 def stage_of(pipeline: Pipeline, names: Sequence[str]) -> str:
@@ -246,10 +261,16 @@ def _record(
     *,
     latents: int,
     layered: bool,
+    said: Iterator[list[Tensor]] | None = None,
 ) -> None:
-    if not prompts:
+    """`said` gives the states of these prompts, where nothing that the concept changes acts on texts."""
+    if said is not None:
+        for rows in next(said):
+            for name in names:
+                recorder.add(name, rows)
+    elif not prompts:
         return
-    if stage == "spatial":
+    elif stage == "spatial":
         half = settings.precision == "bfloat16"
         for portion in portions(pipeline, prompts):
             seeds = [settings.seed + latents + index for index in portion]
@@ -260,13 +281,8 @@ def _record(
     else:
         seen: list[list[tuple[str, Tensor]]] = [[] for _ in prompts]  # of each prompt, so that their order is that of the prompts
         for together in _alike(pipeline, prompts, padded=settings.padded):
-            said = [prompts[index] for index in together]
-            if stage == "text":
-                with pipeline.captured(names, _Split([seen[index] for index in together]).add):
-                    pipeline.encode(said, pad=settings.padded)
-            else:
-                for index, states in zip(together, pipeline.encode(said, pad=settings.padded), strict=True):
-                    seen[index] = [(name, states) for name in names]
+            with pipeline.captured(names, _Split([seen[index] for index in together]).add):
+                pipeline.encode([prompts[index] for index in together], pad=settings.padded)
         for calls in seen:
             for name, rows in calls:
                 recorder.add(name, rows)
@@ -290,6 +306,22 @@ def _record_layered(
             index = pipeline.cross_attention_index(name)
             assert index is not None  # or the layer would be of another stage
             recorder.add(name, by_layer[index])
+
+
+def _encoded(pipeline: Pipeline, asked: Sequence[list[str]], *, padded: bool) -> Iterator[list[Tensor]]:
+    """The states of each prompt of each of `asked`, many of them encoded together."""
+    waiting, first = 0, 0
+    for index, prompts in enumerate(asked):
+        waiting += len(prompts)
+        if waiting < AHEAD and index + 1 < len(asked):
+            continue
+        said = list(dict.fromkeys(chain.from_iterable(asked[first : index + 1])))
+        states: dict[str, Tensor] = {}
+        for together in _alike(pipeline, said, padded=padded):
+            batch = [said[place] for place in together]
+            states |= zip(batch, pipeline.encode(batch, pad=padded), strict=True)
+        yield from ([states[prompt] for prompt in own] for own in asked[first : index + 1])
+        waiting, first = 0, index + 1
 
 
 def _alike(pipeline: Pipeline, prompts: Sequence[str], *, padded: bool) -> list[list[int]]:

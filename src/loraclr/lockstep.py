@@ -7,19 +7,19 @@ from the same seed; the N x N sums are exact up to float32 features.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Container, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import replace
-from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional
+from torch import Tensor
 
-from loraclr.adapter import Layer, LoraLayer
+from loraclr.adapter import Layer
 from loraclr.collect import ALL_ROWS, LATENTS, Collection, Concept, collect, stage_of
 from loraclr.methods.contrast import Tally
 from loraclr.methods.problem import LayerProblem, LayerSolution
+from loraclr.modules import side_by_side
 from loraclr.pipeline import Pipeline
 
 
@@ -30,9 +30,10 @@ def settled(
     *,
     settings: Collection,
     merged: Mapping[str, Layer],
-) -> list[tuple[LayerProblem, LayerSolution]]:
+) -> Iterator[tuple[LayerProblem, LayerSolution]]:
     """One stage's layers, solved, with their claims settled by exact distances over all paired rows of the fit prompts.
 
+    The pass is done at once; layers are settled as they are asked for, and then let go of.
     `settings` and the `merged` layers of earlier stages are those of the collection. Texts of different length are paired from their
     ends, as far as the shortest. A solution without a claim stays as it is.
     """
@@ -42,10 +43,13 @@ def settled(
         run = _spatial if stage_of(pipeline, list(tallies)) == "spatial" else _texts
         with torch.inference_mode():
             run(pipeline, concepts, tallies, settings, merged)
-    return [
-        (problem, solution if solution.claim is None else solution.claim.settle(tallies[problem.layer].distances()))
-        for problem, solution in solved
-    ]
+    return _settle(deque(solved), tallies)
+
+
+def _settle(left: deque[tuple[LayerProblem, LayerSolution]], tallies: dict[str, Tally]) -> Iterator[tuple[LayerProblem, LayerSolution]]:
+    while left:
+        problem, solution = left.popleft()
+        yield problem, solution if solution.claim is None else solution.claim.settle(tallies.pop(problem.layer).distances())
 
 
 def _texts(
@@ -69,7 +73,7 @@ def _spatial(
     with ExitStack() as stack:
         stack.enter_context(pipeline.applied(dict(merged)))
         stack.enter_context(pipeline.with_tokens(tokens))
-        stack.enter_context(side_by_side(pipeline, [(_among(concept, tallies), concept.weight) for concept in concepts]))
+        stack.enter_context(side_by_side(pipeline.modules, [(_among(concept, tallies), concept.weight) for concept in concepts]))
         stack.enter_context(pipeline.captured(list(tallies), add))
         for index, template in enumerate(settings.fit[: settings.spatial]):
             prompts, seed = [template.replace("{}", concept.call) for concept in concepts], settings.seed + LATENTS["fit"] + index
@@ -79,39 +83,3 @@ def _spatial(
 
 def _among(concept: Concept, names: Container[str]) -> dict[str, Layer]:
     return {name: layer for name, layer in concept.adapter.layers.items() if name in names}
-
-
-@contextmanager
-def side_by_side(pipeline: Pipeline, parts: Sequence[tuple[Mapping[str, Layer], float]]) -> Iterator[None]:
-    """Inside, every batch is cut into len(parts) equal ones, and part k has the k-th changes, times their weight, in its layers."""
-
-    def hook(name: str, module: nn.Module) -> Any:
-        changes = [(layers.get(name), weight) for layers, weight in parts]
-
-        def add(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
-            split = zip(changes, inputs[0].chunk(len(parts)), output.chunk(len(parts)), strict=True)
-            return torch.cat([out if layer is None else out + weight * _through(layer, module, x) for (layer, weight), x, out in split])
-
-        return module.register_forward_hook(add)
-
-    with ExitStack() as handles:
-        for name in dict.fromkeys(name for layers, _ in parts for name in layers):
-            handles.callback(hook(name, pipeline.modules[name]).remove)
-        yield
-
-
-def _through(layer: Layer, module: nn.Module, x: Tensor) -> Tensor:
-    """What the change of one layer adds to the module's output on its input x."""
-    assert isinstance(module.weight, Tensor)
-    kernel = module.weight.shape[1:]
-    if not isinstance(layer, LoraLayer):
-        return _apply(module, layer.delta(x.dtype).to(x.device).view(-1, *kernel), x)
-    inner = _apply(module, layer.down.to(x).view(-1, *kernel), x)
-    up = layer.up.to(x).flatten(1) * layer.scale
-    return functional.conv2d(inner, up[:, :, None, None]) if isinstance(module, nn.Conv2d) else functional.linear(inner, up)
-
-
-def _apply(module: nn.Module, weight: Tensor, x: Tensor) -> Tensor:
-    if isinstance(module, nn.Conv2d):
-        return functional.conv2d(x, weight, None, module.stride, module.padding, module.dilation)
-    return functional.linear(x, weight)

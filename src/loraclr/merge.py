@@ -27,8 +27,9 @@ from loraclr.formats import check_layers, load_adapter, provenance, save_adapter
 from loraclr.formats.files import digest, tensor_digest
 from loraclr.linalg import Truncation, factor, lowest_rank, truncate, truncate_aware, truncate_dense
 from loraclr.lockstep import settled
-from loraclr.methods import CrossTalk, cross_talk, make_method
-from loraclr.methods.problem import AdapterMethod, LayerProblem, LayerSolution, Method, residuals
+from loraclr.methods import CrossTalk, make_method
+from loraclr.methods.crosstalk import meeting, residuals_of, tables_of
+from loraclr.methods.problem import AdapterMethod, LayerProblem, LayerSolution, Method, Siblings, residuals
 from loraclr.pipeline import Pipeline
 from loraclr.predictions import model_problem
 from loraclr.preflight import check_fit, checks, union
@@ -256,17 +257,20 @@ def merge(
             seconds["collect"] += time.perf_counter() - began
         began = time.perf_counter()
 
-        def problem_of(layer: str, seen: Mapping[str, LayerStats] = seen) -> LayerProblem:
-            return _problem(layer, shapes, concepts, base, seen.get(layer), seed)
+        siblings = Siblings()
 
-        problems = map(problem_of, names)
+        def problem_of(layer: str, seen: Mapping[str, LayerStats] = seen, siblings: Siblings = siblings) -> LayerProblem:
+            return dataclasses.replace(_problem(layer, shapes, concepts, base, seen.get(layer), seed), siblings=siblings)
+
+        problems = map(problem_of, _together(names, seen))
         pairs: Iterable[tuple[LayerProblem, LayerSolution]] = (
             (problem, solved[problem.layer] if isinstance(solver, AdapterMethod) else solver.solve(problem)) for problem in problems
         )
         if base is not None and "lockstep" in solver.needs:
             if progress:
                 progress(f"certifying stage {stage + 1} of {len(stages)}", 0.0)
-            pairs, second = list(pairs), time.perf_counter()
+            pairs = [(dataclasses.replace(problem), solution) for problem, solution in pairs]  # without the factors it has made
+            second = time.perf_counter()
             pairs = settled(base, concepts, pairs, settings=settings, merged=merged)
             spent = time.perf_counter() - second
             seconds["certify"], began = seconds.get("certify", 0.0) + spent, began + spent
@@ -281,7 +285,7 @@ def merge(
             found[problem.layer] = receipt, heard
             if progress and index < len(names):
                 progress(f"solving stage {stage + 1} of {len(stages)}", (index + 1) / len(names))
-        for receipt, heard in found.values():
+        for receipt, heard in (found[name] for name in names):
             receipts.append(receipt)
             talk = heard if talk is None or heard is None else talk + heard
         seconds["solve"] += time.perf_counter() - began
@@ -358,6 +362,14 @@ def concepts_of(
     ]
 
 
+def _together(names: Sequence[str], seen: Mapping[str, LayerStats]) -> list[str]:
+    """`names`, those that saw the very same rows one after the other."""
+    groups: dict[tuple[int, ...], list[str]] = {}
+    for name in names:
+        groups.setdefault(tuple(map(id, seen[name].fit.values())) if name in seen else (), []).append(name)
+    return [name for group in groups.values() for name in group]
+
+
 def _problem(
     layer: str,
     shapes: Mapping[str, tuple[int, ...]],
@@ -384,14 +396,19 @@ def _receipt(
     parts = [part for part in (solution.change, solution.up, solution.down) if part is not None]
     if not all(bool(torch.isfinite(part).all()) for part in parts):
         raise MergeError(f"{problem.layer}: {method} gave NaN or infinity; raise its regularisation or check this layer of the inputs")
-    up, down, lost = file_factors(problem, solution, rank)
+    exact_up, exact_down, lost = file_factors(problem, solution, rank)
+    up, down = exact_up.float(), exact_down.float()  # all layers together have no room in double precision; judged is what is kept
     layer: Layer = LoraLayer(
         problem.layer,
         down.view(-1, *problem.shape[1:]),
         up.view(*up.shape, *([1, 1] if len(problem.shape) == 4 else [])),
     )
     moments = list(problem.statistics.fit.values()) if problem.statistics else []
-    heard = cross_talk(problem, up, down) if problem.statistics and len(problem.concepts) <= FEW else None
+    tables = tables_of(problem, up, down) if problem.statistics and len(problem.concepts) <= FEW else None
+    heard = None if tables is None else meeting(tables, problem.concepts, len(problem.concepts))
+    apart = residuals(problem, (up, down), ("fit", "held_out") if tables is None else ("held_out",))
+    if tables is not None:
+        apart |= {f"fit/{concept}": value for concept, value in residuals_of(tables, problem.concepts, len(problem.concepts)).items()}
     diagnostics = {**solution.diagnostics, **({"sketched": True} if any(m.sketched for m in moments) else {})}  # else exact
     receipt = LayerReceipt(
         problem.layer,
@@ -403,7 +420,7 @@ def _receipt(
         problem.width,
         solution.status,
         solution.advice,
-        {key: _rounded(value) for key, value in residuals(problem, (up, down)).items()},
+        {key: _rounded(value) for key, value in sorted(apart.items())},
         {key: _rounded(value) for key, value in heard.summary().items()} if heard else {},
         {key: _rounded(value) if isinstance(value, float) else value for key, value in diagnostics.items()},
     )

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from loraclr.adapter import Layer
+from loraclr.adapter import Layer, LoraLayer
 from loraclr.errors import PipelineError
 
 _LISTED = 10  # problems spelled out in one message; the rest is counted
@@ -127,6 +128,47 @@ def rows(module: nn.Module, inputs: Tensor) -> Tensor:
         patches = functional.unfold(inputs.float(), module.kernel_size, module.dilation, module.padding, module.stride)
         return patches.transpose(1, 2).flatten(0, 1)  # from (B, in, positions)
     return inputs.float().flatten(0, -2)
+
+
+@contextmanager
+def side_by_side(layers: Mapping[str, nn.Module], parts: Sequence[tuple[Mapping[str, Layer], float]]) -> Iterator[None]:
+    """Inside, every batch is cut into len(parts) equal ones, and part k has the k-th changes, times their weight, in its layers.
+
+    Changes are added to what the layers give, factor after factor: no weight is touched or copied. For passes without gradients.
+    """
+
+    def hook(name: str) -> Callable[[nn.Module, tuple[Any, ...], Tensor], Tensor]:
+        changes = [(layer, weight) if (layer := own.get(name)) is not None else None for own, weight in parts]
+
+        def add(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
+            for change, x, out in zip(changes, inputs[0].chunk(len(parts)), output.chunk(len(parts)), strict=True):
+                if change is not None:
+                    out.add_(_through(*change, module, x.to(out)))
+            return output
+
+        return add
+
+    with ExitStack() as handles:
+        for name in dict.fromkeys(name for own, _ in parts for name in own):
+            handles.callback(layers[name].register_forward_hook(hook(name)).remove)
+        yield
+
+
+def _through(layer: Layer, weight: float, module: nn.Module, x: Tensor) -> Tensor:
+    """What a layer's change, times `weight`, adds to the module's output on its input x."""
+    assert isinstance(module.weight, Tensor)
+    kernel = module.weight.shape[1:]
+    if not isinstance(layer, LoraLayer):
+        return _apply(module, (weight * layer.delta()).to(x).view(-1, *kernel), x)
+    inner = _apply(module, layer.down.to(x).view(-1, *kernel), x)
+    up = (layer.up.flatten(1).float() * (layer.scale * weight)).to(x)
+    return functional.conv2d(inner, up[:, :, None, None]) if isinstance(module, nn.Conv2d) else functional.linear(inner, up)
+
+
+def _apply(module: nn.Module, weight: Tensor, x: Tensor) -> Tensor:
+    if isinstance(module, nn.Conv2d):
+        return functional.conv2d(x, weight, None, module.stride, module.padding, module.dilation)
+    return functional.linear(x, weight)
 
 
 def _fits(shape: tuple[int, ...], weight: tuple[int, ...]) -> bool:

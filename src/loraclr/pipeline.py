@@ -52,6 +52,7 @@ class Pipeline:
         self._components = modules.components(pipe)
         self.modules = modules.Layers(self._components)
         self.cross_attention_layers: tuple[str, ...] = modules.cross_attention(self._unet) if self._denoiser == "unet" else ()
+        self._limits = families.text_limits(pipe)  # tokens that each text encoder reads; diffusers looks long for its components
         self._unpadded: dict[str, int] = {}  # tokens that count of each text encoder's texts, while unpadded texts are captured
         self._layer_rows: Mapping[int, Tensor] = {}
         self._tokens: dict[str, Tensor] = {}
@@ -403,12 +404,12 @@ class Pipeline:
     @property
     def text_length(self) -> int:
         """The most tokens a prompt may have, with its begin and end marks."""
-        return max(families.text_limits(self._pipe).values())
+        return max(self._limits.values())
 
     @property
     def _tokenizer(self) -> Any:
         """That of the text encoder which reads most."""
-        limits = families.text_limits(self._pipe)
+        limits = self._limits
         return getattr(self._pipe, max(limits, key=lambda name: limits[name]).replace("text_encoder", "tokenizer"))
 
     def check_plain(self, what: str = "training") -> None:
@@ -430,7 +431,7 @@ class Pipeline:
     def _encoded(self, prompts: Sequence[str], *, pad: bool) -> Tensor:
         """By the pipeline's own encode_prompt. Unpadded: as padded, but that captured rows and states end where the text ends."""
         if not pad:
-            for component, limit in families.text_limits(self._pipe).items():
+            for component, limit in self._limits.items():
                 tokenizer = getattr(self._pipe, component.replace("text_encoder", "tokenizer"))
                 longest = max(len(tokenizer(prompt, verbose=False).input_ids) for prompt in prompts)
                 self._unpadded[component] = min(longest, limit)

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from loraclr.adapter import Layer
 from loraclr.collect import LATENTS, Collection, Concept, portions
-from loraclr.lockstep import side_by_side
 from loraclr.methods.problem import LayerProblem, LayerSolution
+from loraclr.modules import side_by_side
 from loraclr.pipeline import Pipeline
 from loraclr.statistics import Twin
 
@@ -103,7 +103,7 @@ def _run(
         said, seeds = [prompts[index] for index in portion], [settings.seed + latents + index for index in portion]
         with ExitStack() as stack:
             stack.enter_context(_one_latent(pipeline.unet))
-            stack.enter_context(side_by_side(pipeline, [(own, weight), (merged, 1.0)]))
+            stack.enter_context(side_by_side(pipeline.modules, [(own, weight), (merged, 1.0)]))
             stack.enter_context(pipeline.captured(names, sums.add))
             pipeline.run(said * 2, seeds=seeds * 2, steps=settings.steps, half=settings.precision == "bfloat16")
     return sums.twins()

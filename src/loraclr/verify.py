@@ -193,7 +193,7 @@ class _Measure:
         number = len(self.names)
         layers = tuple(adapter.layers.get(layer) for adapter in (*self.adapters, merged))
         changes = LayerProblem(layer, shape, (*self.names, ""), layers, (1.0,) * (number + 1)).factors  # the merged one is the last
-        tables = [inner_products(changes, None)] * number if seen is None else [inner_products(changes, seen[name]) for name in self.names]
+        tables = inner_products(changes, [None]) * number if seen is None else inner_products(changes, [seen[name] for name in self.names])
         heard = meeting(tables, self.names, number)
         self.talk = heard if self.talk is None else self.talk + heard
         weights = torch.tensor(self.weights, dtype=torch.float64)

@@ -93,6 +93,8 @@ def compare(
     parse.hold(disk.reserved(output))
     if json is not None and not printed:
         parse.hold(disk.reserved(json))
+    for path in (output, *([] if json is None or printed else [json])):  # another run may have ended in between
+        _check(path, force=force)
     asked = None if size is None else parse.size(size)
     weights = parse.weights(weight, [parse.adapter_name(path) for path in files])
     calls = dict(parse.pair(text, "--trigger") for text in trigger)

@@ -7,7 +7,6 @@ from typing import Annotated, Literal
 
 import typer
 
-from loraclr import disk
 from loraclr.cli import parse, show
 from loraclr.cli.base import SOURCE, BaseConfig
 from loraclr.errors import UsageError
@@ -39,13 +38,12 @@ def convert(
     file = file if file.name else file.resolve()
     output = output or file.with_name(f"{parse.adapter_name(file)}-{to}{parse.ENDINGS[to][0]}")
     tokens = output.with_name(output.name.removesuffix(".safetensors") + ".tokens.safetensors")
-    parse.check_output(output, to, [] if to in ("edlora", "embedding") else [tokens], force=force)
     whole = to in ("fused", "checkpoint")
     if whole and base is None:
         raise UsageError(f"--to {to} is the base model with the adapter in it; give --base")
     if output.resolve() == file.resolve():
         raise UsageError(f"--output {output} is the file to convert; give another name")
-    parse.hold(disk.reserved(output, tokens))
+    parse.hold_output(output, to, [] if to in ("edlora", "embedding") else [tokens], force=force, more=[tokens])
 
     import torch
 

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 from rich.text import Text
 
-from loraclr import disk
 from loraclr.cli import parse, show
 from loraclr.cli.base import SOURCE, BaseConfig, BaseDtype, Device, Offload, open_base
 from loraclr.cli.options import CollectionSeed, Triggers, Weights
@@ -71,8 +70,7 @@ def merge(
 
     Example: loraclr merge rhea.safetensors theo.safetensors --base toy/base --output both.safetensors
     """
-    parse.check_output(output, format, companions(output), force=force)
-    parse.hold(disk.reserved(output, *companions(output)))
+    parse.hold_output(output, format, companions(output), force=force)
     names = [parse.adapter_name(path) for path in files]
     weights = parse.weights(weight, names)
     blocks = parse.block_weights(block_weights)

@@ -123,8 +123,7 @@ def build(
     """
     from loraclr.cli import merge as merging
 
-    parse.check_output(output, format, merging.companions(output), force=force)
-    parse.hold(disk.reserved(output, *merging.companions(output)))
+    parse.hold_output(output, format, merging.companions(output), force=force)
 
     import torch
 

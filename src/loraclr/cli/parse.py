@@ -10,6 +10,7 @@ from contextvars import ContextVar
 from pathlib import Path
 from typing import Any, get_origin
 
+from loraclr import disk
 from loraclr.errors import UsageError
 
 # How the name of an output ends; repeated from the formats, which are not imported to parse a command line.
@@ -168,6 +169,16 @@ def check_output(output: Path, format: str, beside: Sequence[Path], *, force: bo
     taken = [path.name for path in (output, *beside) if path.exists()]
     if taken and not force:
         raise UsageError(f"--output {output}: {', '.join(taken)} exists already; give another name, or --force to replace")
+
+
+def hold_output(output: Path, format: str, beside: Sequence[Path], *, force: bool, more: Sequence[Path] = ()) -> None:
+    """`check_output`, and `output` is the command's until its end. Looked at again then: another run may have ended in between.
+
+    `more` are files that may be written with it, whether or not they are there.
+    """
+    check_output(output, format, beside, force=force)
+    hold(disk.reserved(output, *beside, *more))
+    check_output(output, format, beside, force=force)
 
 
 def hold(resource: AbstractContextManager[object]) -> None:

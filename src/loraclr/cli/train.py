@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from loraclr import disk
 from loraclr.cli import parse, show
 from loraclr.cli.base import SOURCE, Device
 from loraclr.cli.methods import present, record
@@ -63,8 +62,7 @@ def train(
     Example: loraclr train references/rhea --base toy/base --recipe edlora:toybox --trigger rhea --class woman --output rhea.pth
     """
     form = format or ("edlora" if output.suffix in parse.ENDINGS["edlora"] else "kohya")
-    parse.check_output(output, form, [], force=force)
-    parse.hold(disk.reserved(output, _tokens(output)))
+    parse.hold_output(output, form, [], force=force, more=[_tokens(output)])
 
     import torch
 

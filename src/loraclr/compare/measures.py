@@ -15,7 +15,7 @@ from torch import Tensor
 from loraclr import linalg
 from loraclr.adapter import Adapter, DenseLayer, Layer, LoraLayer
 from loraclr.collect import Collection, Concept, collect
-from loraclr.methods.crosstalk import CrossTalk, inner_products, meeting
+from loraclr.methods.crosstalk import CrossTalk, inner_products, meeting, residuals_of
 from loraclr.pipeline import Pipeline
 from loraclr.scratch import Scratch
 
@@ -64,7 +64,7 @@ def measure(
                     changes += [_factors(adapter.layers.get(name), 1.0, shape) for adapter in merges.values()]
                     for kind, found in tables.items():
                         seen = getattr(statistics[name], kind)
-                        found[name] += [inner_products(changes, seen[concept.name])] if concept.name in seen else []
+                        found[name] += inner_products(changes, [seen[concept.name]] if concept.name in seen else [])
             own = {name: layer for name in stage if (layer := concept.adapter.layers.get(name)) is not None}
             earlier |= {name: _weighed(layer, concept.weight) for name, layer in own.items()}
         if progress:
@@ -72,20 +72,12 @@ def measure(
     called = [concept.name for concept in concepts]
     return {
         label: Measure(
-            {name: _residuals(found, called, place) for name, found in tables["fit"].items()},
-            {name: _residuals(found, called, place) for name, found in tables["held_out"].items()},
+            {name: residuals_of(found, called, place) for name, found in tables["fit"].items()},
+            {name: residuals_of(found, called, place) for name, found in tables["held_out"].items()},
             {name: meeting(found, called, place) for name, found in tables["fit"].items()},
         )
         for place, label in enumerate(merges, start=len(concepts))
     }
-
-
-def _residuals(tables: Sequence[Tensor], concepts: Sequence[str], merged: int) -> dict[str, float]:
-    found = {}
-    for i, (concept, table) in enumerate(zip(concepts, tables, strict=False)):
-        if (own := float(table[i, i])) > 0:
-            found[concept] = (max(float(table[merged, merged] - 2 * table[merged, i]) + own, 0.0) / own) ** 0.5
-    return found
 
 
 def _factors(layer: Layer | None, weight: float, shape: Sequence[int]) -> tuple[Tensor, Tensor]:

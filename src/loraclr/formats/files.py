@@ -26,7 +26,10 @@ CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 SUFFIXES: dict[Storage, tuple[str, ...]] = {"file": (".safetensors",), "torch": (".pth", ".pt"), "folder": ("",)}
 _TORCH_READ = (".pth", ".pt", ".bin")
 # As safetensors calls them.
-_NAMES = {torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32", torch.float64: "F64", torch.int64: "I64"}
+_NAMES = {
+    torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32", torch.float64: "F64", torch.int64: "I64", torch.int32: "I32",
+    torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
+}  # fmt: skip
 _CONFIG_BYTES = 4 << 20
 _ZIP_SLACK = 1 << 10
 
@@ -99,50 +102,62 @@ def write(content: Content, path: Path, storage: Storage) -> None:
     """
     if storage == "folder":
         _write_folder(content, path)
+    elif storage == "torch":
+        disk.write(path, _torch_bytes(content))
     else:
-        data = _torch_bytes(content) if storage == "torch" else safetensors_bytes(content.tensors, content.metadata)
-        disk.write(path, data)
+        write_large(content.tensors, _hashed(content.tensors, content.metadata), path)
 
 
 def safetensors_bytes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
-    """The library's own serialisation, with the header's metadata in sorted order: the library shuffles it from run to run.
-
-    Its header has the SHA-256 of the tensors, as kohya's trainer and the model specification call it.
-    """
-    wrong = [key for key, value in metadata.items() if not isinstance(value, str)]
-    if wrong:
-        raise FormatError(f"metadata {wrong[0]!r} is a {type(metadata[wrong[0]]).__name__}; safetensors metadata must be text: use str()")
-    plain = safetensors.torch.save({key: tensors[key].detach().cpu().contiguous().clone() for key in sorted(tensors)})
-    size = int.from_bytes(plain[:8], "little")
-    entries: dict[str, Any] = json.loads(plain[8 : 8 + size])
-    digest = hashlib.sha256(memoryview(plain)[8 + size :]).hexdigest()
-    metadata = {**metadata, "modelspec.hash_sha256": f"0x{digest}", "sshs_model_hash": digest}
-    header = json.dumps({"__metadata__": dict(sorted(metadata.items())), **entries}, separators=(",", ":")).encode()
-    header += b" " * (-len(header) % 8)  # tensors stay aligned
-    return len(header).to_bytes(8, "little") + header + plain[8 + size :]
+    """The whole file in memory, for small ones, with what `_hashed` adds."""
+    parts = _parts(tensors, _hashed(tensors, metadata))
+    return b"".join(bytes(part) for part in parts)
 
 
 def write_large(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], path: Path) -> None:
-    """A .safetensors file of whole models: put there in one step as by `write`, but tensor by tensor, without a copy of it in memory."""
+    """A .safetensors file of whole models: put there in one step as by `write`, but tensor by tensor."""
     with disk.whole(path) as part:
         stream(tensors, metadata, part)
 
 
 def stream(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], path: Path) -> None:
-    """The same straight into the file at `path`, for folders that are written as a whole."""
-    order = sorted(tensors, key=lambda key: (-tensors[key].element_size(), key))  # the larger first: all stay aligned
+    """The same straight into the file at `path`, for folders that are written as a whole: tensor by tensor, no copy of all in memory."""
+    with path.open("wb") as file:
+        file.writelines(_parts(tensors, metadata))
+
+
+def _hashed(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str, str]:
+    """`metadata` and the SHA-256 of the tensors, as kohya's trainer and the model specification call it."""
+    wrong = [key for key, value in metadata.items() if not isinstance(value, str)]
+    if wrong:
+        raise FormatError(f"metadata {wrong[0]!r} is a {type(metadata[wrong[0]]).__name__}; safetensors metadata must be text: use str()")
+    whole = hashlib.sha256()
+    for key in _order(tensors):
+        whole.update(_body(tensors[key]))
+    return {**metadata, "modelspec.hash_sha256": f"0x{whole.hexdigest()}", "sshs_model_hash": whole.hexdigest()}
+
+
+def _parts(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Iterator[Any]:
+    """A .safetensors file, piece by piece. Equal content, equal bytes: the library shuffles the metadata from run to run."""
     entries: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))}
-    end = 0
+    order, end = _order(tensors), 0
     for key in order:
         begin, end = end, end + tensors[key].numel() * tensors[key].element_size()
         entries[key] = {"dtype": _NAMES[tensors[key].dtype], "shape": list(tensors[key].shape), "data_offsets": [begin, end]}
     header = json.dumps(entries, separators=(",", ":")).encode()
     header += b" " * (-len(header) % 8)
-    bodies: Iterator[Any] = (tensors[key].detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy() for key in order)
-    with path.open("wb") as file:
-        file.write(len(header).to_bytes(8, "little") + header)
-        for body in bodies:
-            file.write(body)
+    yield len(header).to_bytes(8, "little")
+    yield header
+    yield from (_body(tensors[key]) for key in order)
+
+
+def _order(tensors: Mapping[str, Tensor]) -> list[str]:
+    """The larger types first: all stay aligned."""
+    return sorted(tensors, key=lambda key: (-tensors[key].element_size(), key))
+
+
+def _body(tensor: Tensor) -> Any:
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
 def tensors_of(path: Path) -> dict[str, Tensor]:
@@ -270,4 +285,4 @@ def _write_folder(content: Content, path: Path) -> None:
                 (part / folder).mkdir(exist_ok=True)
                 mine = {name.removeprefix(folder): tensor for name, tensor in content.tensors.items() if name.startswith(folder)}
                 (part / key).write_bytes(text.encode() + b"\n")
-                (part / folder / WEIGHTS).write_bytes(safetensors_bytes(mine, shared))
+                stream(mine, _hashed(mine, shared), part / folder / WEIGHTS)

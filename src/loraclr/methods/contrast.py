@@ -7,7 +7,7 @@ released code takes the minimum over the other index). A delta is Q V with ortho
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -83,8 +83,7 @@ class Tally:
 
     def __init__(self, problem: LayerProblem, space: str, changes: Sequence[tuple[Tensor, Tensor]]) -> None:
         """For merged changes as up (out, k) and down (k, in); `space` is as in `Contrast.of`."""
-        self._factors, self._changes = problem.factors, tuple(changes)
-        self._weight = problem.weight() if space == "output" else None
+        self._problem, self._space, self._changes = problem, space, tuple(changes)
         number = len(problem.concepts)
         self._natural = torch.zeros(number, number, dtype=torch.float64)
         self._found = torch.zeros(len(self._changes), number, number, dtype=torch.float64)
@@ -92,9 +91,11 @@ class Tally:
 
     def add(self, rows: Tensor) -> None:
         """(concepts, rows, in), row k of all concepts from the same place."""
+        factors = replace(self._problem).factors  # made anew: in double precision they are kept for no layer but this
+        weight = self._problem.weight() if self._space == "output" else None
         for x in torch.split(rows.double(), PORTION, 1):
-            targets = torch.stack([(part @ down.T) @ up.T for part, (up, down) in zip(x, self._factors, strict=True)])
-            base = torch.zeros_like(targets) if self._weight is None else x @ self._weight.T
+            targets = torch.stack([(part @ down.T) @ up.T for part, (up, down) in zip(x, factors, strict=True)])
+            base = torch.zeros_like(targets) if weight is None else x @ weight.T
             self._natural += _distances(base + targets, base + targets).square()
             predictions = [base + (x @ down.T) @ up.T for up, down in self._changes]
             self._found += torch.stack([_distances(base + targets, predicted).square() for predicted in predictions])

@@ -6,7 +6,7 @@ comparable by dividing concept i's products by tr(D_i G_i D_i^T); then layers ad
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -62,16 +62,21 @@ class CrossTalk:
         }
 
 
-def inner_products(changes: Sequence[tuple[Tensor, Tensor]], moments: Moments | None) -> Tensor:
-    """(n, n), float64: tr(D_k G D_l^T) for D_k = up_k @ down_k, ups (out, r_k), downs (r_k, in); no D is multiplied out.
+def inner_products(changes: Sequence[tuple[Tensor, Tensor]], seen: Iterable[Moments | None]) -> list[Tensor]:
+    """One (n, n), float64, for each G of `seen`: tr(D_k G D_l^T) for D_k = up_k @ down_k, ups (out, r_k), downs (r_k, in).
 
-    Without moments tr(D_k D_l^T), of the weights themselves.
+    No D is multiplied out. Without moments tr(D_k D_l^T), of the weights themselves.
     """
     ups, downs = torch.cat([up for up, _ in changes], 1), torch.cat([down for _, down in changes])
-    owner = torch.repeat_interleave(torch.arange(len(changes)), torch.tensor([up.shape[1] for up, _ in changes]))
-    products = (ups.T @ ups) * (downs @ downs.T if moments is None else moments.inner(downs))
-    half = products.new_zeros(len(changes), len(owner)).index_add_(0, owner, products)
-    return products.new_zeros(len(changes), len(changes)).index_add_(0, owner, half.T.contiguous())
+    among = ups.T @ ups
+    sizes = [up.shape[1] for up, _ in changes]
+    owner = torch.repeat_interleave(torch.arange(len(changes)), torch.tensor(sizes))
+    tables = []
+    for moments in seen:
+        products = (downs @ downs.T if moments is None else moments.inner(downs)).mul_(among)
+        half = torch.stack([part.sum(0) for part in torch.split_with_sizes(products, sizes)])
+        tables.append(half.new_zeros(len(changes), len(changes)).index_add_(1, owner, half))
+    return tables
 
 
 def meeting(tables: Sequence[Tensor], concepts: Sequence[str], merged: int) -> CrossTalk:
@@ -84,8 +89,20 @@ def meeting(tables: Sequence[Tensor], concepts: Sequence[str], merged: int) -> C
     return CrossTalk(tuple(concepts), among, mixed)
 
 
+def residuals_of(tables: Sequence[Tensor], concepts: Sequence[str], merged: int) -> dict[str, float]:
+    """||X_i (D - D_i)^T|| / ||X_i D_i^T|| of each concept that acts, from the same tables."""
+    found = {}
+    for i, (concept, table) in enumerate(zip(concepts, tables, strict=False)):
+        if (own := float(table[i, i])) > 0:
+            found[concept] = (max(float(table[merged, merged] - 2 * table[merged, i]) + own, 0.0) / own) ** 0.5
+    return found
+
+
+def tables_of(problem: LayerProblem, up: Tensor, down: Tensor) -> list[Tensor]:
+    """`inner_products` of all concepts' changes and the merged one, up (out, k) @ down (k, in), on what each concept's layer saw."""
+    return inner_products([*problem.factors, (up.double(), down.double())], problem.moments())
+
+
 def cross_talk(problem: LayerProblem, up: Tensor, down: Tensor) -> CrossTalk:
     """Of the merged change up @ down, (out, k) and (k, in), on the features that `problem` was collected on."""
-    changes = [*problem.factors, (up.double(), down.double())]
-    tables = [inner_products(changes, moments) for moments in problem.moments()]
-    return meeting(tables, problem.concepts, len(problem.concepts))
+    return meeting(tables_of(problem, up, down), problem.concepts, len(problem.concepts))

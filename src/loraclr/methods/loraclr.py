@@ -101,20 +101,15 @@ class Loraclr(Checked):
 
     def solve(self, problem: LayerProblem) -> LayerSolution:
         number = len(problem.concepts)
-        quadratic = Quadratic.of(
-            problem,
-            ridge=self.ridge,
-            preservation=self.preservation,
-            prior=self.prior,
-            normalise=self.normalise,
-            importance=self.importance,
-            balance=self.balance,
-        )
+        quadratic = self._quadratic(problem)
         if self.choose == "held_out":
             quadratic = _best(quadratic, Quadratic.held_out(problem))
         v, extra = quadratic.penalised(number * self.penalty / 2) if self.penalty > 0 else (quadratic.minimiser(), 0.0)
         convex = Outcome(v, quadratic.least(v, extra) / number)
-        answer = partial(self._answer, problem, quadratic, extra, convex)
+        largest = max(_norm(up, down) for up, down in problem.factors)
+        frame = Frame(quadratic.up, quadratic.mu, extra, float(quadratic.right.norm()), largest, convex)
+        bare = replace(problem)  # without its factors: answers may wait until all layers are solved
+        answer = partial(self._answer, bare, frame)
         if self.margin == 0 or number == 1:
             return answer(convex, "optimal", "global optimum of J on all collected rows: convex, no hinge")
         certificate, found, contrast = self._certify(problem, quadratic.up, v)
@@ -132,7 +127,7 @@ class Loraclr(Checked):
         outcomes = (convex,) if chosen.v is convex.v else (convex, chosen)
 
         def settle(tables: tuple[Distances, ...]) -> LayerSolution:
-            return answer(*self._settled(problem, outcomes, tables))
+            return answer(*self._settled(bare, outcomes, tables))
 
         return replace(solution, claim=Claim(self.space, tuple((quadratic.up, one.v) for one in outcomes), settle))
 
@@ -174,15 +169,24 @@ class Loraclr(Checked):
         )
         return replace(solution, metric=lambda: square + mu * torch.eye(problem.width, dtype=torch.float64))
 
-    def _answer(
-        self, problem: LayerProblem, quadratic: Quadratic, extra: float, convex: Outcome, chosen: Outcome, status: str, certificate: str
-    ) -> LayerSolution:
-        number = len(problem.concepts)
-        size, largest = float(chosen.v.norm()), max(_norm(up, down) for up, down in problem.factors)
+    def _quadratic(self, problem: LayerProblem) -> Quadratic:
+        return Quadratic.of(
+            problem,
+            ridge=self.ridge,
+            preservation=self.preservation,
+            prior=self.prior,
+            normalise=self.normalise,
+            importance=self.importance,
+            balance=self.balance,
+        )
+
+    def _answer(self, problem: LayerProblem, frame: Frame, chosen: Outcome, status: str, certificate: str) -> LayerSolution:
+        number, convex, mu = len(problem.concepts), frame.convex, frame.mu + frame.extra
+        size, largest = float(chosen.v.norm()), frame.largest
         notes: dict[str, float | str | bool] = {
             "rows": sum(moments.count for moments in problem.moments()),
             "in_features": problem.width,
-            "mu": quadratic.mu + extra,
+            "mu": mu,
         }
         if chosen.found is not None:
             target, prediction = divmod(int(chosen.found.argmin()), number)
@@ -196,17 +200,18 @@ class Loraclr(Checked):
         notes |= {"objective": objective, "growth": size / largest if largest > 0 else 0.0}
         if chosen.active or chosen.v is not convex.v:  # the hinge is never negative: no J is below the least of the rest
             notes["gap"] = max(objective - convex.value - self.penalty * float(convex.v.norm()), 0.0)
-        notes["certificate"] = f"{certificate}; J({self._objective(quadratic)})"
+        notes["certificate"] = f"{certificate}; J({self._objective(frame.mu)})"
         advice = ""
         if size > OVERGROWN * largest and not self.preservation:  # with it, what ordinary prompts use is guarded
             advice = f"the delta is {size / largest:.1f} times the largest adapter's: it fits noise; raise `ridge` or `preservation`"
         if self.penalty > 0:
-            pull = 2 / number * float(quadratic.right.norm()) / self.penalty
+            pull = 2 / number * frame.pull / self.penalty
             notes["data_gradient_over_lambda"] = pull
             if not chosen.v.any():
                 status, advice = "zero", f"the penalty outweighs the data, whose gradient is {pull:.2g} of lambda; lower `penalty`"
-        solution = LayerSolution.of_factors(quadratic.up, chosen.v, status=status, advice=advice, **notes)
-        return replace(solution, metric=quadratic.with_mu(quadratic.mu + extra).metric)
+        solution = LayerSolution.of_factors(frame.up, chosen.v, status=status, advice=advice, **notes)
+        # Made anew where somebody asks: the sums of every layer would be kept until all are settled.
+        return replace(solution, metric=lambda: self._quadratic(problem).with_mu(mu).metric())
 
     def _settled(self, problem: LayerProblem, outcomes: tuple[Outcome, ...], tables: tuple[Distances, ...]) -> tuple[Outcome, str, str]:
         """The first outcome, the convex minimiser, where its hinge is inactive on all rows; else the one of least J."""
@@ -255,10 +260,10 @@ class Loraclr(Checked):
             return "", found, contrast
         return f"global optimum of J on all collected rows, with the hinge on {rows} paired ones", found, contrast
 
-    def _objective(self, quadratic: Quadratic) -> str:
+    def _objective(self, mu: float) -> str:
         hinge = f"margin={self.margin:g} {self.margin_mode}, distance={self.distance}, anchor={self.anchor}, space={self.space}"
         return (
-            f"lambda={self.penalty:g}, mu={quadratic.mu:.3g}, prior={self.prior}, preservation={self.preservation:g}, "
+            f"lambda={self.penalty:g}, mu={mu:.3g}, prior={self.prior}, preservation={self.preservation:g}, "
             f"normalise={self.normalise}, balance={self.balance}, {hinge if self.margin > 0 else 'margin=0'}"
         )
 
@@ -272,6 +277,18 @@ class Outcome:
     hinge: float = 0.0
     found: Tensor | None = None  # (concepts, concepts)
     active: int = 0  # anchors whose hinge is
+
+
+@dataclass(frozen=True, eq=False)
+class Frame:
+    """What is left of a layer's quadratic once it is minimised: nothing of the size of its Grams."""
+
+    up: Tensor  # Q (out, k)
+    mu: float
+    extra: float  # the ridge in the penalty's place
+    pull: float  # ||R||
+    largest: float  # of the adapters' norms
+    convex: Outcome
 
 
 def _best(quadratic: Quadratic, judge: Quadratic) -> Quadratic:

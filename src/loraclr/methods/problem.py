@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from types import MappingProxyType
-from typing import ClassVar, Protocol, runtime_checkable
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -15,6 +15,22 @@ from loraclr import linalg
 from loraclr.adapter import DenseLayer, Layer
 from loraclr.errors import MergeError
 from loraclr.statistics import LayerStats, Moments
+
+
+class Siblings:
+    """What layers that were handed the very same rows (queries, keys and values of one attention; all keys and values of one text) need
+    but once. It is kept until a layer comes that saw others.
+    """
+
+    def __init__(self) -> None:
+        self._seen: tuple[Moments, ...] = ()
+        self._made: dict[Hashable, Any] = {}
+
+    def of(self, seen: Sequence[Moments]) -> dict[Hashable, Any]:
+        """What was made of these very moments so far, to look into and to add to."""
+        if len(seen) != len(self._seen) or any(one is not other for one, other in zip(seen, self._seen, strict=True)):
+            self._seen, self._made = tuple(seen), {}
+        return self._made
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,6 +45,7 @@ class LayerProblem:
     base: Tensor | None = None  # (out, in), the frozen weight W, flattened
     statistics: LayerStats | None = None
     generator: torch.Generator | None = None
+    siblings: Siblings = field(default_factory=Siblings)
 
     @property
     def out(self) -> int:
@@ -208,7 +225,7 @@ class AdapterMethod(Protocol):
 Method = LayerMethod | AdapterMethod
 
 
-def residuals(problem: LayerProblem, delta: Tensor | tuple[Tensor, Tensor]) -> dict[str, float]:
+def residuals(problem: LayerProblem, delta: Tensor | tuple[Tensor, Tensor], kinds: Sequence[str] = ("fit", "held_out")) -> dict[str, float]:
     """||X_i (D - D_i)^T|| / ||X_i D_i^T|| of each concept, for any D (out, in) or its factors: keys `fit/CONCEPT` and `held_out/CONCEPT`.
 
     0 is the adapter's own behaviour, 1 the base's. Concepts that do not change this layer's outputs have none.
@@ -222,7 +239,8 @@ def residuals(problem: LayerProblem, delta: Tensor | tuple[Tensor, Tensor]) -> d
     )
     for concept, cross, (own_up, own_down) in zip(problem.concepts, mixed, problem.factors, strict=True):
         own, both = own_up.T @ own_up, torch.cat([down, own_down])
-        for kind, moments in (("fit", problem.statistics.fit), ("held_out", problem.statistics.held_out)):
+        for kind in kinds:
+            moments: Mapping[str, Moments] = getattr(problem.statistics, kind)
             if concept not in moments or not own.shape[1]:
                 continue
             inner = moments[concept].inner(both)  # of [D, D_i]; what is measured is D - D_i

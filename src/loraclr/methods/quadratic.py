@@ -9,6 +9,7 @@ than the layer has inputs, X X^T (docs/method.md).
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -56,22 +57,18 @@ class Quadratic:
         parts = list(zip(fit, shares, strict=True))
         if preservation > 0:
             parts.append(_preserve(problem, preservation * number, normalise))
-        kept = sum(moments.kept for moments, _ in parts)
-        sums = _Sums(width, dual=kept < width and all(moments.few for moments, _ in parts))
-        trace = constant = 0.0
+        sums = _Sums.of(problem, parts)
+        constant = 0.0
         blocks, outputs = [], []
         ups, downs = zip(*problem.factors, strict=True)
-        for index, (moments, share) in enumerate(parts):  # one at a time in memory: they may be on disk
-            seen = moments.loaded().scaled(share)
+        for index, (seen, share) in enumerate(sums.over(parts)):
             if index < number:
-                block = _times_gram(downs[index], seen)
+                block = share * _times_gram(downs[index], seen)
                 constant += float(((ups[index].T @ ups[index]) * (block @ downs[index].T)).sum())
-                trace += _trace(seen)
                 blocks.append(block)
                 if sums.dual and seen.rows is not None:
-                    outputs.append(seen.rows @ downs[index].T)
-            sums.add(seen)
-        mu = ridge * trace / width
+                    outputs.append(seen.rows @ (share**0.5 * downs[index]).T)
+        mu = ridge * sum(sums.traces[:number]) / width
         stack = torch.cat(ups, 1)
         basis = linalg.span(stack)
         inside = basis.T @ stack
@@ -83,7 +80,7 @@ class Quadratic:
             rows = sums.rows()
             acting = linalg.block_diagonal(outputs)  # X_i A_i^T; concept-free rows, below, ask for no change
             targets = torch.cat([acting, acting.new_zeros(len(rows) - len(acting), acting.shape[1])]) @ inside.T
-            return Quadratic(basis, targets.T @ rows + pull, centre, mu, constant, linalg.gram(rows.T), rows, targets)
+            return Quadratic(basis, targets.T @ rows + pull, centre, mu, constant, sums.kernel(), rows, targets)
         return Quadratic(basis, inside @ torch.cat(blocks) + pull, centre, mu, constant, sums.square(), None, None)
 
     @staticmethod
@@ -156,14 +153,62 @@ class Quadratic:
 
 
 class _Sums:
-    """The rows of all moments in one piece, or (not `dual`) the sum of their Grams, for which rows wait until they fill one."""
+    """The rows of all moments in one piece, or (not `dual`) the sum of their Grams, for which rows wait until they fill one.
+
+    Siblings share them: no one may write into what they give.
+    """
 
     def __init__(self, width: int, *, dual: bool) -> None:
         self.width, self.dual = width, dual
+        self.traces: list[float] = []  # of every part's Gram
         self._loose: list[Tensor] = []
         self._square: Tensor | None = None
+        self._kernel: Tensor | None = None
+        self._complete = False
 
-    def add(self, moments: Moments) -> None:
+    @staticmethod
+    def of(problem: LayerProblem, parts: Sequence[tuple[Moments, float]]) -> _Sums:
+        """Those of `parts`, moments with their shares: made by a sibling, or still to be gone `over`."""
+        seen = [moments for moments, _ in parts]
+        made = problem.siblings.of(seen)
+        what = ("sums", *(share for _, share in parts))
+        if what not in made:
+            dual = sum(moments.kept for moments in seen) < problem.width and all(moments.few for moments in seen)
+            made[what] = _Sums(problem.width, dual=dual)
+        found: _Sums = made[what]
+        return found
+
+    def over(self, parts: Sequence[tuple[Moments, float]]) -> Iterator[tuple[Moments, float]]:
+        """`parts`, one at a time in memory, for they may be on disk; added up while somebody sees them for the first time."""
+        if not self._complete:
+            self.traces, self._loose, self._square = [], [], None
+        for moments, share in parts:
+            seen = moments.loaded()
+            if not self._complete:
+                self._add(seen.scaled(share))
+            yield seen, share
+        self._complete = True
+
+    def rows(self) -> Tensor:
+        if len(self._loose) != 1:
+            self._loose = [torch.cat([torch.zeros(0, self.width, dtype=torch.float64), *self._loose])]
+        return self._loose[0]
+
+    def kernel(self) -> Tensor:
+        """X X^T of the rows."""
+        if self._kernel is None:
+            self._kernel = linalg.gram(self.rows().T)
+        return self._kernel
+
+    def square(self) -> Tensor:
+        if self._loose or self._square is None:
+            self._fold(linalg.gram(self.rows()))
+            self._loose.clear()
+        assert self._square is not None
+        return self._square
+
+    def _add(self, moments: Moments) -> None:
+        self.traces.append(_trace(moments))
         if moments.rows is not None:
             self._loose.append(moments.rows)
             if not self.dual and sum(map(len, self._loose)) >= self.width:
@@ -171,15 +216,6 @@ class _Sums:
                 self._loose.clear()
         else:
             self._fold(moments.gram())
-
-    def rows(self) -> Tensor:
-        return torch.cat([torch.zeros(0, self.width, dtype=torch.float64), *self._loose])
-
-    def square(self) -> Tensor:
-        if self._loose or self._square is None:
-            self._fold(linalg.gram(self.rows()))
-        assert self._square is not None
-        return self._square
 
     def _fold(self, square: Tensor) -> None:  # `square` is ours: `scaled` and `gram` make new ones
         self._square = square if self._square is None else self._square.add_(square)
