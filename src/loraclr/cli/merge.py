@@ -13,7 +13,7 @@ from rich.text import Text
 from loraclr import disk
 from loraclr.cli import parse, show
 from loraclr.cli.base import SOURCE, BaseConfig, BaseDtype, Device, Offload, open_base
-from loraclr.cli.options import CollectionSeed, Triggers, Weights
+from loraclr.cli.options import CollectionSeed, Scratch, Triggers, Weights
 
 if TYPE_CHECKING:
     from loraclr.merge import LayerReceipt, MergeResult
@@ -57,10 +57,7 @@ def merge(
     base_dtype: BaseDtype = "fp32",
     offload: Offload = False,
     base_config: BaseConfig = None,
-    scratch: Annotated[
-        Path | None,
-        typer.Option(metavar="DIR", help="Where statistics go that do not fit into memory; nothing stays.", show_default="beside OUT"),
-    ] = None,
+    scratch: Scratch = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing OUT.")] = False,
     json: Annotated[bool, typer.Option("--json", help="Print the receipt as JSON.")] = False,
 ) -> None:
