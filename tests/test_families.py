@@ -14,10 +14,11 @@ from loraclr.checkpoints.configs import ARCHITECTURES
 from loraclr.collect import Collection, Concept, collect
 from loraclr.conditioning import Region
 from loraclr.errors import PipelineError, UsageError
-from loraclr.families import FAMILIES, family_of, text_limits
+from loraclr.families import FAMILIES, NAMES, family_of, text_limits
 from loraclr.formats import load_adapter, save_adapter
 from loraclr.merge import merge
 from loraclr.pipeline import Pipeline, PromptTruncationWarning
+from loraclr.preflight import preflight
 
 SMALL = Collection(fit=("a photo of {}", "{} on beach"), held_out=("{} at night",), preserve=("", "a dog"), steps=2, sample=6, spatial=2)
 FORMATS = {
@@ -203,14 +204,14 @@ def test_layers_of_the_real_configurations(family):
     assert len(modules.cross_attention(unet) if unet else ()) == {"sd1": 16, "sd2": 16, "sdxl": 70, "flux": 0}[family]
 
 
-@pytest.mark.parametrize(("width", "family"), [(768, "sd1"), (1024, "sd2"), (2048, "sdxl")])
-def test_bundled_configurations_are_the_real_ones(width, family):
+@pytest.mark.parametrize("family", list(ARCHITECTURES))
+def test_bundled_configurations_are_the_real_ones(family):
     import diffusers
     import transformers
 
     with torch.device("meta"):
         found = {}
-        for component, (library, kind, values) in ARCHITECTURES[width].items():
+        for component, (library, kind, values) in ARCHITECTURES[family].items():
             if component in ("scheduler", "vae"):
                 continue
             if library == "diffusers":
@@ -226,9 +227,21 @@ def test_families_name_real_classes():
     import diffusers
 
     assert all(hasattr(diffusers, name) for name in FAMILIES)
-    assert {name: Pipeline(twin(name)).family for name in TWINS} == {
-        **dict.fromkeys(TWINS), "sdxl": None, "flux": "flux", "flux-schnell": "flux",
-    }  # fmt: skip
+
+
+def test_a_base_says_its_family_whatever_its_sizes(tiny_pipe):
+    found = {name: Pipeline(twin(name)).family for name in TWINS}
+    assert found == {"sd2": "sd2", "sdxl": "sdxl", "flux": "flux", "flux-schnell": "flux", "sd3": "sd3", "pixart": None}
+    assert Pipeline(tiny_pipe()).family == "sd1" and set(found.values()) - {None} | {"sd1"} == NAMES
+
+
+@pytest.mark.parametrize("base", ["sd1", *TWINS])
+def test_adapters_of_another_family_are_refused(base, tiny_pipe):
+    pipeline = Pipeline(tiny_pipe() if base == "sd1" else twin(base))
+    one = adapter(pipeline, "ada", 0)
+    for family in (*sorted(NAMES), "toybox-1"):
+        levels = {(found.level, found.check) for found in preflight([one.with_(family=family)], base=pipeline).findings}
+        assert (("refuse", "family") in levels) == (pipeline.family not in (None, family) and family != "toybox-1"), family
 
 
 def test_texts_are_as_long_as_the_longest_reader():

@@ -159,6 +159,11 @@ class Adapter:
         return tuple(sorted({name.split(".", 1)[0] for name in self.layers}))
 
     @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shapes of the weights it changes, by layer."""
+        return {layer.name: layer.shape for layer in self}
+
+    @property
     def call(self) -> str:
         """The words that call it in a prompt: a trigger that holds every learned token, else the tokens, else the first trigger."""
         for trigger in self.triggers:

@@ -22,7 +22,6 @@ from loraclr import families, modules, sampling
 from loraclr.adapter import Adapter, Layer
 from loraclr.conditioning import Refine, Region, RegionStates, Vocabulary, conditioned, text_states
 from loraclr.errors import PipelineError, UsageError
-from loraclr.formats.names import guess_family
 from loraclr.loading import load_pipe, placed
 
 if TYPE_CHECKING:
@@ -92,9 +91,8 @@ class Pipeline:
 
     @property
     def family(self) -> str | None:
-        """`sd1`, `sd2`, `sdxl` or `flux`, as adapters state it; None for any other."""
-        own = {name: module.weight.shape for name, module in self.modules.items() if name.startswith(f"{self._denoiser}.")}
-        return guess_family({name: tuple(shape) for name, shape in own.items()})  # type: ignore[arg-type]
+        """`sd1`, `sd2`, `sdxl`, `sd3` or `flux`, as adapters state it, whatever its sizes; None for any other."""
+        return families.family_of(self._pipe).name
 
     @property
     def device(self) -> torch.device:

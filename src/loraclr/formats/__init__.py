@@ -145,7 +145,7 @@ def _load(path: Path, name: str | None, base: BaseWeights | None) -> tuple[Adapt
             name=name or (path.name if path.is_dir() else path.stem),
             tokens={**adapter.tokens, **beside},
             triggers=header.triggers(content.metadata, noted)[0],
-            family=header.family(content.metadata, adapter.family or names.guess_family({layer.name: layer.shape for layer in adapter})),
+            family=header.family(content.metadata, adapter.family or names.guess_family(adapter.shapes)),
             metadata=stated,
         )
     return adapter, target, content

@@ -57,7 +57,7 @@ def read(content: Content, base: BaseWeights | None = None) -> Adapter:
 
 def write(adapter: Adapter, dtype: torch.dtype) -> Content:
     is_flux = "transformer" in adapter.components
-    if is_flux and (adapter.family or names.guess_family({layer.name: layer.shape for layer in adapter})) != "flux":
+    if is_flux and (adapter.family or names.guess_family(adapter.shapes)) != "flux":
         first = next(name for name in adapter.layers if name.startswith("transformer."))  # SD3 and others share names with Flux.1
         raise FormatError(f"{first}: {id} names are Flux.1's, and nothing says that this adapter is for it; write format 'diffusers'")
     originals = flux.original(adapter)
