@@ -75,7 +75,7 @@ def test_a_flux_transformer_with_a_folder_for_the_rest(capsys, tmp_path):
         files.append(save_adapter(one, tmp_path / f"{name}.safetensors"))
     base = ["--base", tmp_path / "flux1.safetensors", "--base-config", tmp_path / "folder"]
     code, out, err = call(capsys, "inspect", *files, *base, "--json")
-    assert (code, err) == (0, "") and json.loads(out)["verdict"] == "merge"
+    assert (code, err) == (0, "") and json.loads(out)["merge"]["verdict"] == "merge"
     code, out, err = call(capsys, "convert", files[0], "--to", "checkpoint", "--output", tmp_path / "new.safetensors", *base)
     assert (code, err) == (0, "")
     again = Pipeline.load(tmp_path / "new.safetensors", config=tmp_path / "folder", dtype=torch.float16)

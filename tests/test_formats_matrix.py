@@ -190,8 +190,8 @@ def test_the_table_of_the_documentation_is_true():
 
 
 def test_every_format_is_in_the_table():
-    """But learned tokens alone, which are no layers."""
-    assert {form.id for _, form, *_ in ROWS} | {"embedding"} == {form.id for form in FORMATS}
+    """But learned tokens alone, which are no layers, and inside of a kohya file."""
+    assert {form.id for _, form, *_ in ROWS} | {"embedding", "bundle"} == {form.id for form in FORMATS}
 
 
 if __name__ == "__main__":

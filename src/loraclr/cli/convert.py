@@ -16,7 +16,7 @@ from loraclr.errors import UsageError
 def convert(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="An adapter file, or a PEFT folder.", show_default=False)],
     to: Annotated[
-        Literal["kohya", "diffusers", "peft", "edlora", "diff", "embedding", "fused", "checkpoint"],
+        Literal["kohya", "diffusers", "peft", "edlora", "diff", "bundle", "embedding", "fused", "checkpoint"],
         typer.Option(help="Names and layout of the output; fused and checkpoint are the base with the adapter in it.", show_default=False),
     ],
     output: Annotated[Path | None, typer.Option(metavar="OUT", help="The file to write.", show_default="FILE-FORMAT, beside FILE")] = None,
@@ -39,7 +39,7 @@ def convert(
     file = file if file.name else file.resolve()
     output = output or file.with_name(f"{parse.adapter_name(file)}-{to}{parse.ENDINGS[to][0]}")
     tokens = output.with_name(output.name.removesuffix(".safetensors") + ".tokens.safetensors")
-    parse.check_output(output, to, [] if to in ("edlora", "embedding") else [tokens], force=force)
+    parse.check_output(output, to, [] if to in ("edlora", "bundle", "embedding") else [tokens], force=force)
     whole = to in ("fused", "checkpoint")
     if whole and base is None:
         raise UsageError(f"--to {to} is the base model with the adapter in it; give --base")

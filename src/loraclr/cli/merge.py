@@ -40,7 +40,7 @@ def merge(
     trigger: Triggers = [],  # noqa: B006
     rank: Annotated[int | None, typer.Option(min=1, help="The most per layer.", show_default="what the solution needs")] = None,
     format: Annotated[
-        Literal["kohya", "diffusers", "peft", "edlora", "diff"], typer.Option(help="Names and layout of the output.")
+        Literal["kohya", "diffusers", "peft", "edlora", "diff", "bundle"], typer.Option(help="Names and layout of the output.")
     ] = "kohya",
     dtype: Annotated[Literal["fp16", "fp32"], typer.Option(help="Precision of the output.")] = "fp16",
     seed: CollectionSeed = 0,
