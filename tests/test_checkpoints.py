@@ -191,6 +191,17 @@ def test_a_flux_file_takes_what_it_lacks_from_a_folder(naming, tmp_path, no_netw
     assert Pipeline.load(file, config=config, dtype=torch.bfloat16).dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("family", ["sd1", "flux"])
+def test_eight_bit_floats_are_numbers(family, tmp_path, no_network):
+    file, config, pipe = flux_file("comfy", tmp_path) if family == "flux" else written("sd1", tmp_path)
+    save_file({key: tensor.to(torch.float8_e4m3fn) for key, tensor in load_file(file).items()}, file)
+    loaded = Pipeline.load(file, config=config)
+    assert loaded.dtype == torch.float32
+    expected = getattr(pipe, "unet", None) or pipe.transformer
+    for key, tensor in loaded.unet.state_dict().items():
+        assert torch.equal(tensor, expected.state_dict()[key].to(torch.float8_e4m3fn).float()), key
+
+
 def test_original_names_of_flux_are_those_of_diffusers_own_converter():
     """The real architecture with one block of each kind: numbers that tell output rows apart, as only these are rearranged."""
     with torch.device("meta"):

@@ -230,6 +230,17 @@ class TestBundledEmbeddings:
         }  # fmt: skip
         assert torch.equal(torch.cat([found.tokens["rhea"], found.tokens["rhea_1"]]), torch.cat([first, second], dim=1))
 
+    @pytest.mark.parametrize(
+        "stem", ["unet.mid_block.attentions.0.transformer_blocks.0.attn2.to_k", "diffusion_model.middle_block.1.proj_in"]
+    )
+    def test_in_files_of_other_names(self, stem, tmp_path):
+        """As OneTrainer writes those of diffusers and ComfyUI."""
+        tensors = {f"{stem}.lora_A.weight": torch.ones(1, 2), f"{stem}.lora_B.weight": torch.ones(2, 1)}
+        tensors |= {"bundle_emb.rhea.clip_l": torch.ones(1, 768), "bundle_emb.rhea.clip_g": torch.ones(1, 1280)}
+        (tmp_path / "a.safetensors").write_bytes(files.safetensors_bytes(tensors, {}))
+        found = load_adapter(tmp_path / "a.safetensors")
+        assert len(found) == 1 and torch.equal(found.tokens["rhea"], torch.ones(1, 2048))
+
     @pytest.mark.parametrize("shapes", [((2, 768), (1, 1280)), ((1, 768), (1, 768)), ((1, 1280), (1, 1280)), ((1, 2, 768), (1, 1280))])
     def test_what_is_no_pair(self, shapes):
         with pytest.raises(FormatError, match=r"bundle_emb.rhea.clip_[lg] has shape"):
