@@ -12,13 +12,16 @@ import torch
 import transformers
 from diffusers.loaders import single_file_utils as converters
 from families_twins import clip, twin
+from families_twins import vae as tiny_vae
 from original_names import checkpoint, open_clip, unet, vae
 from original_names import clip as clip_names
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from loraclr.checkpoints import tokenizer, write_config
-from loraclr.checkpoints.configs import ARCHITECTURES, PADDING, PIPELINES
+from loraclr.checkpoints.configs import ARCHITECTURES
 from loraclr.errors import PipelineError
+from loraclr.formats import flux, single_file
+from loraclr.formats.names import READ
 from loraclr.pipeline import Pipeline
 
 
@@ -80,9 +83,8 @@ def test_a_known_architecture_needs_the_file_alone(family, width, tmp_path, no_n
         if hasattr(part, "config") and "tokenizer" not in name:
             values = dict(part.config) if not hasattr(part.config, "to_dict") else part.config.to_dict()
             known[name] = (type(part).__module__.partition(".")[0], type(part).__name__, values)
-    monkeypatch.setitem(ARCHITECTURES, width, known)
-    monkeypatch.setitem(PIPELINES, width, type(pipe).__name__)
-    monkeypatch.setitem(PADDING, width, PADDING[2048 if family == "sdxl" else 768])
+    monkeypatch.setitem(READ, width, family)
+    monkeypatch.setitem(ARCHITECTURES, family, known)
     loaded = Pipeline.load(file)
     assert type(loaded.pipe) is type(pipe) and len(loaded.pipe.tokenizer) == 49408
     assert family == "sd1" or loaded.pipe.tokenizer_2.pad_token == "!"
@@ -91,14 +93,14 @@ def test_a_known_architecture_needs_the_file_alone(family, width, tmp_path, no_n
         assert all(torch.equal(state[key], tensor) for key, tensor in getattr(pipe, component).state_dict().items())
 
 
-@pytest.mark.parametrize("width", [768, 1024, 2048])
-def test_names_of_the_real_checkpoints(width, tmp_path):
+@pytest.mark.parametrize("family", list(ARCHITECTURES))
+def test_names_of_the_real_checkpoints(family, tmp_path):
     """On the meta device: what diffusers makes of every original name is all that the real models hold, in the right shape."""
-    write_config(width, tmp_path, scheduler={})
+    write_config(family, tmp_path, scheduler={})
     config = {name: json.loads((tmp_path / name / "config.json").read_text()) for name in ("unet", "vae")}
     with torch.device("meta"):
         parts = {}
-        for name, (library, kind, values) in ARCHITECTURES[width].items():
+        for name, (library, kind, values) in ARCHITECTURES[family].items():
             made = getattr({"diffusers": diffusers, "transformers": transformers}[library], kind)
             if name != "scheduler":
                 parts[name] = made(**values) if library == "diffusers" else made(made.config_class(**values))
@@ -112,7 +114,7 @@ def test_names_of_the_real_checkpoints(width, tmp_path):
     }
     for name in ("text_encoder", "text_encoder_2"):
         if name in parts and parts[name].config.hidden_act == "gelu":
-            prefix = "cond_stage_model.model." if width == 1024 else "conditioner.embedders.1.model."
+            prefix = "cond_stage_model.model." if family == "sd2" else "conditioner.embedders.1.model."
             state = {prefix + key: tensor for key, tensor in open_clip(parts[name]).items()}
             found[name] = converters.convert_open_clip_checkpoint(parts[name], state, prefix=prefix)
         elif name in parts:
@@ -126,9 +128,9 @@ def test_names_of_the_real_checkpoints(width, tmp_path):
         assert all(got[key].shape[:2] == shape[:2] for key, shape in wanted.items()), name
 
 
-@pytest.mark.parametrize("width", [768, 1024, 2048])
-def test_the_written_configuration_is_a_folder_that_diffusers_reads(width, tmp_path):
-    write_config(width, tmp_path, scheduler={"prediction_type": "epsilon"})
+@pytest.mark.parametrize("family", list(ARCHITECTURES))
+def test_the_written_configuration_is_a_folder_that_diffusers_reads(family, tmp_path):
+    write_config(family, tmp_path, scheduler={"prediction_type": "epsilon"})
     config = diffusers.DiffusionPipeline.load_config(str(tmp_path))
     kind = getattr(diffusers, config["_class_name"])
     expected, _ = kind._get_signature_keys(kind)
@@ -145,6 +147,99 @@ def test_clips_tokenizer_by_hand():
     assert made("Hello, World!").input_ids == [49406, 3306, 267, 1002, 256, 49407]
     assert made("a", padding="max_length", max_length=5).input_ids == [49406, 320, 49407, 49407, 49407]
     assert tokenizer("!")("a", padding="max_length", max_length=5).input_ids == [49406, 320, 49407, 0, 0]
+
+
+# ---- Flux.1
+
+
+def flux_file(naming: str, folder: Path) -> tuple[Path, Path, object]:
+    """A file of the twin's transformer (`whole`: of all of it), a folder of the pipeline without what is in the file, the pipeline."""
+    folder.mkdir(exist_ok=True)
+    pipe = twin("flux")
+    if naming == "whole":
+        pipe.register_modules(vae=tiny_vae(shift_factor=0.1, scaling_factor=0.36, use_quant_conv=False, use_post_quant_conv=False).eval())
+    state = single_file.checkpoint({"transformer": pipe.transformer.state_dict()}, family="flux")
+    if naming == "diffusers":
+        state = dict(pipe.transformer.state_dict())
+    if naming == "bare":
+        state = {key.removeprefix("model.diffusion_model."): tensor for key, tensor in state.items()}
+    if naming == "whole":
+        state |= {f"text_encoders.clip_l.transformer.text_model.{key}": t for key, t in clip_names(pipe.text_encoder).items()}
+        state |= {
+            f"text_encoders.t5xxl.transformer.{key}": t for key, t in pipe.text_encoder_2.state_dict().items() if "embed_tokens" not in key
+        }
+        state |= {f"vae.{key}": tensor for key, tensor in vae(pipe.vae).items()}
+        state["text_encoders.clip_l.logit_scale"] = torch.ones(())
+    save_file({key: tensor.contiguous().clone() for key, tensor in state.items()}, folder / "flux1.safetensors")
+    pipe.save_pretrained(folder / "config")
+    for weights in (folder / "config").rglob("*.safetensors"):
+        if naming == "whole" or weights.parent.name == "transformer":
+            weights.unlink()
+    return folder / "flux1.safetensors", folder / "config", pipe
+
+
+@pytest.mark.parametrize("naming", ["comfy", "bare", "diffusers", "whole"])
+def test_a_flux_file_takes_what_it_lacks_from_a_folder(naming, tmp_path, no_network):
+    file, config, pipe = flux_file(naming, tmp_path)
+    loaded = Pipeline.load(file, config=config)
+    assert loaded.family == "flux" and loaded.source == str(file)
+    for component in ("transformer", "text_encoder", "text_encoder_2", "vae"):
+        state, expected = getattr(loaded.pipe, component).state_dict(), getattr(pipe, component).state_dict()
+        assert state.keys() == expected.keys() and all(torch.equal(state[key], expected[key]) for key in expected), component
+    pictures = [np.asarray(one.sample(["a dog"], seeds=[1], steps=2, size=(16, 16))[0]) for one in (loaded, Pipeline(pipe))]
+    assert (pictures[0] == pictures[1]).all()
+    assert Pipeline.load(file, config=config, dtype=torch.bfloat16).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("family", ["sd1", "flux"])
+def test_eight_bit_floats_are_numbers(family, tmp_path, no_network):
+    file, config, pipe = flux_file("comfy", tmp_path) if family == "flux" else written("sd1", tmp_path)
+    save_file({key: tensor.to(torch.float8_e4m3fn) for key, tensor in load_file(file).items()}, file)
+    loaded = Pipeline.load(file, config=config)
+    assert loaded.dtype == torch.float32
+    expected = getattr(pipe, "unet", None) or pipe.transformer
+    for key, tensor in loaded.unet.state_dict().items():
+        assert torch.equal(tensor, expected.state_dict()[key].to(torch.float8_e4m3fn).float()), key
+
+
+def test_original_names_of_flux_are_those_of_diffusers_own_converter():
+    """The real architecture with one block of each kind: numbers that tell output rows apart, as only these are rearranged."""
+    with torch.device("meta"):
+        model = diffusers.FluxTransformer2DModel(num_layers=1, num_single_layers=1, guidance_embeds=True)
+    state = {key: torch.arange(len(tensor))[:, None] + 100_000 * n for n, (key, tensor) in enumerate(model.state_dict().items())}
+    made = flux.to_original(state)
+    assert converters.convert_flux_transformer_checkpoint_to_diffusers(dict(made)).keys() == state.keys()
+    for found in (flux.to_diffusers(made), converters.convert_flux_transformer_checkpoint_to_diffusers(dict(made))):
+        assert found.keys() == state.keys() and all(torch.equal(found[key], state[key]) for key in state)
+
+
+def test_what_is_wrong_with_a_flux_file_is_said(tmp_path, no_network):
+    file, config, _ = flux_file("comfy", tmp_path)
+    refused(file, r"holds the transformer of Flux.1 without CLIP, T5, autoencoder; give a diffusers folder .*--base-config")
+    refused(file, "does not load with the folder .*it is one of StableDiffusionPipeline", config=saved(tmp_path / "sd2", "sd2"))
+    refused(file, "does not load with the folder", config=tmp_path)
+    state = load_file(file)
+    save_file(state | {"model.diffusion_model.double_blocks.0.img_attn.qkv.scale_weight": torch.ones(1)}, tmp_path / "q.safetensors")
+    refused(tmp_path / "q.safetensors", "is quantised .*scale_weight", config=config)
+    del state["model.diffusion_model.img_in.bias"]
+    save_file(state, tmp_path / "less.safetensors")
+    refused(tmp_path / "less.safetensors", "1 weights of its transformer .* such as x_embedder.bias: nothing", config=config)
+    save_file(load_file(file) | {"model.diffusion_model.odd.weight": torch.ones(1)}, tmp_path / "more.safetensors")
+    refused(tmp_path / "more.safetensors", "1 weights that Flux.1 does not have, such as odd.weight", config=config)
+    fill = load_file(file) | {"model.diffusion_model.img_in.weight": torch.ones(16, 384)}
+    save_file(fill, tmp_path / "fill.safetensors")
+    refused(tmp_path / "fill.safetensors", r"x_embedder.weight: \(16, 384\), not \(16, 16\)", config=config)
+    whole, config, _ = flux_file("whole", tmp_path / "whole")
+    refused(whole, "without T5's vocabulary; give")
+    state = load_file(whole)
+    del state["text_encoders.t5xxl.transformer.encoder.final_layer_norm.weight"]
+    save_file(state, tmp_path / "t5.safetensors")
+    refused(tmp_path / "t5.safetensors", "1 weights of its text_encoder_2 .* such as encoder.final_layer_norm.weight", config=config)
+
+
+def saved(folder: Path, family: str) -> Path:
+    twin(family).save_pretrained(folder)
+    return folder
 
 
 # ---- what cannot be read
@@ -198,9 +293,9 @@ def test_what_is_no_checkpoint(tmp_path):
     ],
 )
 def test_the_prediction_type_is_what_the_file_states(tmp_path, metadata, extra, expected):
-    from loraclr.checkpoints import _recognised
+    from loraclr.checkpoints import _header, _recognised
 
     keys = {"model.diffusion_model.x.attn2.to_k.weight": 1024, "first_stage_model.x": 1, "cond_stage_model.x": 1}
     keys = {key: torch.zeros(1, width) for key, width in keys.items()}
     save_file(keys | {key: torch.zeros(1) for key in extra}, tmp_path / "x.safetensors", metadata=metadata or None)
-    assert _recognised(tmp_path / "x.safetensors", known=True) == (1024, expected)
+    assert _recognised(tmp_path / "x.safetensors", _header(tmp_path / "x.safetensors"), known=True) == ("sd2", expected)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from safetensors.torch import save_file
 from test_families import adapter
 
 from loraclr.cli import main
-from loraclr.formats import load_adapter, save_adapter
+from loraclr.formats import load_adapter, save_adapter, single_file
 from loraclr.pipeline import Pipeline
 
 
@@ -57,6 +58,32 @@ def test_a_file_with_a_configuration_is_a_base_of_the_other_commands_too(capsys,
     for words in (["compare", ada, "--output", xl / "page.html"], ["pack", "create", ada, "--output", xl / "pack"]):
         code, _, err = call(capsys, *words, *base, "--device", "nonsense")
         assert code == 1 and "device 'nonsense' cannot be used" in err
+
+
+def test_a_flux_transformer_with_a_folder_for_the_rest(capsys, tmp_path):
+    pipe = twin("flux")
+    state = single_file.checkpoint({"transformer": pipe.transformer.state_dict()}, family="flux")
+    save_file({key: tensor.contiguous().clone() for key, tensor in state.items()}, tmp_path / "flux1.safetensors")
+    pipe.save_pretrained(tmp_path / "folder")
+    shutil.rmtree(tmp_path / "folder" / "transformer")
+    (tmp_path / "folder" / "transformer").mkdir()
+    pipe.transformer.save_config(tmp_path / "folder" / "transformer")
+    files = []
+    for seed, name in enumerate(("ada", "ben")):
+        one = adapter(Pipeline(pipe), name, seed)
+        one = one.with_(layers={key: layer for key, layer in one.layers.items() if not key.startswith("text_encoder")}, family="flux")
+        files.append(save_adapter(one, tmp_path / f"{name}.safetensors"))
+    base = ["--base", tmp_path / "flux1.safetensors", "--base-config", tmp_path / "folder"]
+    code, out, err = call(capsys, "inspect", *files, *base, "--json")
+    assert (code, err) == (0, "") and json.loads(out)["merge"]["verdict"] == "merge"
+    code, out, err = call(capsys, "convert", files[0], "--to", "checkpoint", "--output", tmp_path / "new.safetensors", *base)
+    assert (code, err) == (0, "")
+    again = Pipeline.load(tmp_path / "new.safetensors", config=tmp_path / "folder", dtype=torch.float16)
+    with Pipeline(pipe).applied(load_adapter(files[0])):
+        expected = pipe.transformer.state_dict()
+        assert all(torch.equal(tensor, expected[key].half()) for key, tensor in again.pipe.transformer.state_dict().items())
+    code, _, err = call(capsys, "inspect", *files, *base[:2])
+    assert code == 1 and len(err.splitlines()) == 1 and "without CLIP, T5, autoencoder; give a diffusers folder" in err
 
 
 @pytest.mark.parametrize(

@@ -14,10 +14,11 @@ from loraclr.checkpoints.configs import ARCHITECTURES
 from loraclr.collect import Collection, Concept, collect
 from loraclr.conditioning import Region
 from loraclr.errors import PipelineError, UsageError
-from loraclr.families import FAMILIES, family_of, text_limits
+from loraclr.families import FAMILIES, NAMES, family_of, text_limits
 from loraclr.formats import load_adapter, save_adapter
 from loraclr.merge import merge
 from loraclr.pipeline import Pipeline, PromptTruncationWarning
+from loraclr.preflight import preflight
 
 SMALL = Collection(fit=("a photo of {}", "{} on beach"), held_out=("{} at night",), preserve=("", "a dog"), steps=2, sample=6, spatial=2)
 FORMATS = {
@@ -203,14 +204,14 @@ def test_layers_of_the_real_configurations(family):
     assert len(modules.cross_attention(unet) if unet else ()) == {"sd1": 16, "sd2": 16, "sdxl": 70, "flux": 0}[family]
 
 
-@pytest.mark.parametrize(("width", "family"), [(768, "sd1"), (1024, "sd2"), (2048, "sdxl")])
-def test_bundled_configurations_are_the_real_ones(width, family):
+@pytest.mark.parametrize("family", list(ARCHITECTURES))
+def test_bundled_configurations_are_the_real_ones(family):
     import diffusers
     import transformers
 
     with torch.device("meta"):
         found = {}
-        for component, (library, kind, values) in ARCHITECTURES[width].items():
+        for component, (library, kind, values) in ARCHITECTURES[family].items():
             if component in ("scheduler", "vae"):
                 continue
             if library == "diffusers":
@@ -226,9 +227,73 @@ def test_families_name_real_classes():
     import diffusers
 
     assert all(hasattr(diffusers, name) for name in FAMILIES)
-    assert {name: Pipeline(twin(name)).family for name in TWINS} == {
-        **dict.fromkeys(TWINS), "sdxl": None, "flux": "flux", "flux-schnell": "flux",
-    }  # fmt: skip
+
+
+def test_a_base_says_its_family_whatever_its_sizes(tiny_pipe):
+    found = {name: Pipeline(twin(name)).family for name in TWINS}
+    assert found == {"sd2": "sd2", "sdxl": "sdxl", "flux": "flux", "flux-schnell": "flux", "sd3": "sd3", "pixart": None}
+    assert Pipeline(tiny_pipe()).family == "sd1" and set(found.values()) - {None} | {"sd1"} == NAMES
+
+
+@pytest.mark.parametrize("base", ["sd1", *TWINS])
+def test_adapters_of_another_family_are_refused(base, tiny_pipe):
+    pipeline = Pipeline(tiny_pipe() if base == "sd1" else twin(base))
+    one = adapter(pipeline, "ada", 0)
+    for family in (*sorted(NAMES), "toybox-1"):
+        levels = {(found.level, found.check) for found in preflight([one.with_(family=family)], base=pipeline).findings}
+        assert (("refuse", "family") in levels) == (pipeline.family not in (None, family) and family != "toybox-1"), family
+
+
+def test_learned_tokens_of_two_text_encoders():
+    """A token with the embeddings of a word draws and encodes as that word does; one of a single encoder is plain text to the other."""
+    pipe = twin("sdxl")
+    pipeline, prompt = Pipeline(pipe), "a d at night"
+    tables = [pipe.text_encoder.get_input_embeddings(), pipe.text_encoder_2.get_input_embeddings()]
+    tokenizers = [pipe.tokenizer, pipe.tokenizer_2]
+    (id,) = pipe.tokenizer("d", add_special_tokens=False).input_ids
+    rows = [table.weight[id][None].clone() for table in tables]
+    before = pipeline.encode([prompt])
+    with pipeline.with_tokens({"<x>": torch.cat(rows, dim=1)}):
+        assert pipeline.tokens == ("<x>",) and torch.equal(pipeline.encode(["a <x> at night"]), before)
+        drawn = [np.asarray(pipeline.sample([text], seeds=[3], steps=2)[0]) for text in (prompt, "a <x> at night")]
+        assert (drawn[0] == drawn[1]).all()
+    for number, (row, width) in enumerate(zip(rows, (16, 24), strict=True)):
+        with pipeline.with_tokens({"<x>": row}):
+            found, own = pipeline.encode(["a <x> at night"]), slice(0, 16) if number == 0 else slice(16, 40)
+            assert torch.equal(found[..., own], before[..., own]) and not torch.equal(found, before) and width == row.shape[1]
+    for wrong, kind, message in (
+        (torch.zeros(1, 17), PipelineError, r"widths are \[16, 24\], or all together"),
+        (torch.zeros(2, 40), UsageError, "<x> have an embedding per layer"),
+    ):
+        with pytest.raises(kind, match=message), pipeline.with_tokens({"<x>": wrong}):
+            pytest.fail("entered")
+    assert [pipe.text_encoder.get_input_embeddings(), pipe.text_encoder_2.get_input_embeddings()] == tables
+    assert [pipe.tokenizer, pipe.tokenizer_2] == tokenizers and pipeline.tokens == ()
+
+
+def test_old_configurations_pool_at_the_end_of_the_text():
+    """A 2 for the end mark means the token of the highest number, which a learned one would be."""
+    pipe = twin("sdxl")
+    pipeline, pooling = Pipeline(pipe), [module for module in pipe.text_encoder_2.modules() if hasattr(module, "eos_token_id")]
+    (id,) = pipe.tokenizer_2("d", add_special_tokens=False).input_ids
+    rows = [encoder.get_input_embeddings().weight[id][None] for encoder in (pipe.text_encoder, pipe.text_encoder_2)]
+    assert pooling
+    for module in pooling:
+        module.eos_token_id = 2
+    with pipeline.with_tokens({"<x>": torch.cat(rows, dim=1).clone()}):
+        states = [pipe.encode_prompt(text, device="cpu", do_classifier_free_guidance=False)[2] for text in ("a d", "a <x>")]
+    assert torch.equal(*states) and all(module.eos_token_id == 2 for module in pooling)
+
+
+def test_files_with_tokens_of_two_text_encoders_merge(tmp_path):
+    pipeline = Pipeline(twin("sdxl"))
+    one, two = (adapter(pipeline, name, seed).with_(tokens={f"<{name}>": torch.randn(1, 40)}) for seed, name in enumerate(("ada", "ben")))
+    one, two = (part.with_(triggers=(f"<{part.name}>",)) for part in (one, two))
+    found = merge([one, two], base=pipeline, collection=SMALL)
+    back = load_adapter(found.save(tmp_path / "both.safetensors"))
+    assert set(back.tokens) == {"<ada>", "<ben>"} and back.tokens["<ada>"].shape == (1, 40)
+    with pipeline.applied(back):
+        assert len(pipeline.sample(["<ada> and <ben>"], seeds=[0], steps=1)) == 1
 
 
 def test_texts_are_as_long_as_the_longest_reader():
@@ -247,9 +312,8 @@ def test_what_a_family_does_not_have():
         flux.sample(["dog"], seeds=[0], steps=1, negative="cat")
     with pytest.raises(UsageError, match="size 18x16 is not made of multiples of 4 pixels"):
         flux.sample(["dog"], seeds=[0], steps=1, size=(18, 16))
-    for pipeline in (flux, sdxl):
-        with pytest.raises(PipelineError, match="learned tokens with .*: not supported"), pipeline.with_tokens({"<x>": torch.zeros(1, 16)}):
-            pytest.fail("entered")
+    with pytest.raises(PipelineError, match="learned tokens with .*: not supported"), flux.with_tokens({"<x>": torch.zeros(1, 16)}):
+        pytest.fail("entered")
     with pytest.raises(PipelineError, match=r"denoising of encoded prompts with StableDiffusionXLPipeline \(text_encoder_2"):
         sdxl.denoise(sdxl.encode(["dog"]), seeds=[0])
 

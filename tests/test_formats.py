@@ -32,7 +32,7 @@ def format(request):
 
 
 def test_every_format_is_tested():
-    assert (*ENDINGS, "diff", "embedding") == WRITTEN  # the last two: test_formats_outputs.py
+    assert (*ENDINGS, "diff", "bundle", "embedding") == WRITTEN  # the last three: test_formats_outputs.py, test_formats_sdxl.py
     assert [one.id for one in FORMATS] == [*WRITTEN, "comfy"]  # read only: test_formats_flux.py and test_formats_sdxl.py
 
 

@@ -101,10 +101,27 @@ class TestEmbedding:
         with pytest.raises(FormatError, match=said):
             save_adapter(adapter.with_(tokens=adapter.tokens or {"<a>": torch.ones(1, 4)}), tmp_path / "a.safetensors", format="embedding")
 
+    @pytest.mark.parametrize("parts", [("clip_l", "clip_g"), ("clip_g",)])
+    def test_of_both_text_encoders(self, parts, tmp_path):
+        tensors = {key: torch.randn(2, {"clip_l": 768, "clip_g": 1280}[key]) for key in parts}
+        save_file(tensors, tmp_path / "rhea.safetensors")
+        found = load_adapter(tmp_path / "rhea.safetensors")
+        assert list(found.tokens) == ["rhea", "rhea_1"]
+        assert torch.equal(found.tokens["rhea_1"], torch.cat([tensors[key][1:] for key in parts], dim=1))
+        back = load_file(save_adapter(found, tmp_path / "b.safetensors", format="embedding", dtype=torch.float32))
+        assert back.keys() == tensors.keys() and all(torch.equal(back[key], tensors[key]) for key in parts)
+
     def test_what_is_refused(self, tmp_path):
-        save_file({"clip_l": torch.ones(1, 4), "clip_g": torch.ones(1, 8)}, tmp_path / "a.safetensors")
-        with pytest.raises(FormatError, match="embeddings of clip_g; learned tokens are kept for the first text encoder"):
-            load_adapter(tmp_path / "a.safetensors")
+        for refused, said in (
+            (
+                {"clip_l": torch.ones(1, 4), "clip_g": torch.ones(1, 8)},
+                "clip_l has shape .1, 4.; beside SDXL's clip_g of 1 vectors .1, 768. fits",
+            ),
+            ({"clip_l": torch.ones(1, 768), "t5xxl": torch.ones(1, 4096)}, "embeddings of t5xxl; learned tokens are kept for CLIP"),
+        ):
+            save_file(refused, tmp_path / "a.safetensors")
+            with pytest.raises(FormatError, match=said):
+                load_adapter(tmp_path / "a.safetensors")
         save_file({"emb_params": torch.ones(1, 2, 3)}, tmp_path / "b.safetensors")
         with pytest.raises(FormatError, match=r"shape \(1, 2, 3\)"):
             load_adapter(tmp_path / "b.safetensors")

@@ -212,15 +212,65 @@ class TestBundledEmbeddings:
     def test_a_placeholder_with_dots(self):
         assert list(self.read(**{"v1.2.clip_l.clip_l": torch.ones(1, 3)}).tokens) == ["v1.2.clip_l"]
 
-    @pytest.mark.parametrize("encoder", ["clip_g", "t5", "clip_l_out", "string_to_param.265"])
+    @pytest.mark.parametrize("encoder", ["t5", "clip_l_out", "clip_g_out", "string_to_param.265"])
     def test_other_encoders_are_refused_by_name(self, encoder):
-        with pytest.raises(FormatError, match=rf"bundle_emb.rhea.{encoder}: learned tokens are kept for the first text encoder alone"):
+        with pytest.raises(FormatError, match=rf"bundle_emb.rhea.{encoder}: learned tokens are kept for CLIP text encoders alone"):
             self.read(**{f"rhea.{encoder}": torch.ones(1, 3)})
 
     @pytest.mark.parametrize("bundled", [{".clip_l": torch.ones(1, 3)}, {"a.clip_l": torch.ones(1, 1, 3)}, {"a.clip_l": torch.ones(0, 3)}])
     def test_what_is_none(self, bundled):
         with pytest.raises(FormatError, match="bundle_emb"):
             self.read(**bundled)
+
+    def test_both_text_encoders_one_after_the_other(self):
+        first, second = torch.randn(2, 768), torch.randn(2, 1280)
+        found = self.read(**{"rhea.clip_l": first, "rhea.clip_g": second, "one.clip_g": second[:1], "other.clip_l": first[:1]})
+        assert {token: tuple(rows.shape) for token, rows in found.tokens.items()} == {
+            "rhea": (1, 2048), "rhea_1": (1, 2048), "one": (1, 1280), "other": (1, 768),
+        }  # fmt: skip
+        assert torch.equal(torch.cat([found.tokens["rhea"], found.tokens["rhea_1"]]), torch.cat([first, second], dim=1))
+
+    @pytest.mark.parametrize(
+        "stem", ["unet.mid_block.attentions.0.transformer_blocks.0.attn2.to_k", "diffusion_model.middle_block.1.proj_in"]
+    )
+    def test_in_files_of_other_names(self, stem, tmp_path):
+        """As OneTrainer writes those of diffusers and ComfyUI."""
+        tensors = {f"{stem}.lora_A.weight": torch.ones(1, 2), f"{stem}.lora_B.weight": torch.ones(2, 1)}
+        tensors |= {"bundle_emb.rhea.clip_l": torch.ones(1, 768), "bundle_emb.rhea.clip_g": torch.ones(1, 1280)}
+        (tmp_path / "a.safetensors").write_bytes(files.safetensors_bytes(tensors, {}))
+        found = load_adapter(tmp_path / "a.safetensors")
+        assert len(found) == 1 and torch.equal(found.tokens["rhea"], torch.ones(1, 2048))
+
+    @pytest.mark.parametrize("shapes", [((2, 768), (1, 1280)), ((1, 768), (1, 768)), ((1, 1280), (1, 1280)), ((1, 2, 768), (1, 1280))])
+    def test_what_is_no_pair(self, shapes):
+        with pytest.raises(FormatError, match=r"bundle_emb.rhea.clip_[lg] has shape"):
+            self.read(**{"rhea.clip_l": torch.ones(shapes[0]), "rhea.clip_g": torch.ones(shapes[1])})
+
+    @pytest.mark.parametrize("format", ["kohya", "bundle", "diffusers"])
+    def test_they_come_back(self, tmp_path, format):
+        bundle = {"a.clip_l": torch.randn(3, 768), "a.clip_g": torch.randn(3, 1280), "a_2x.clip_g": torch.randn(1, 1280)}
+        bundle |= {"b.clip_l": torch.randn(1, 768)}
+        found = self.read(**bundle)
+        path = save_adapter(found, tmp_path / "a.safetensors", format=format)
+        back, stored = load_adapter(path), files.read(path).tensors
+        assert back == found and set(back.tokens) == {"a", "a_1", "a_2", "a_2x", "b"}
+        inside = {key.removeprefix("bundle_emb."): tensor for key, tensor in stored.items() if key.startswith("bundle_emb.")}
+        assert inside.keys() == (bundle.keys() if format == "bundle" else set())
+        assert all(torch.equal(tensor, bundle[key]) for key, tensor in inside.items())
+        assert (tmp_path / "a.tokens.safetensors").exists() == (format != "bundle")
+
+    def test_tokens_inside_take_the_place_of_those_beside(self, tmp_path):
+        found = self.read(**{"rhea.clip_l": torch.ones(1, 3)})
+        save_adapter(found, tmp_path / "a.safetensors")
+        assert load_adapter(save_adapter(found, tmp_path / "a.safetensors", format="bundle")) == found
+        assert not (tmp_path / "a.tokens.safetensors").exists()
+
+    def test_what_no_file_can_hold_inside(self, tmp_path):
+        found = self.read(**{"rhea.clip_l": torch.ones(1, 3)})
+        with pytest.raises(FormatError, match="rhea has embeddings for 16 layers"):
+            save_adapter(found.with_(tokens={"rhea": torch.ones(16, 768)}), tmp_path / "a.safetensors", format="bundle")
+        with pytest.raises(FormatError, match="write format 'embedding'"):
+            save_adapter(found.with_(layers={}), tmp_path / "a.safetensors", format="bundle")
 
     def test_two_of_one_name(self):
         with pytest.raises(FormatError, match="a second embedding called 'a'"):

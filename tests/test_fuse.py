@@ -8,11 +8,12 @@ import pytest
 import torch
 from concepts import KEYS, concept, fingerprint, three
 from conftest import tiny_tokenizer
+from families_twins import twin
 from safetensors import safe_open
 
 from loraclr.errors import FormatError, LoraclrError
 from loraclr.formats import sidecar, single_file
-from loraclr.fuse import family_of, fuse
+from loraclr.fuse import fuse
 from loraclr.pipeline import Pipeline
 
 
@@ -125,10 +126,24 @@ def test_what_is_refused_leaves_nothing(base, tmp_path):
     with pytest.raises(LoraclrError, match="do not fit torch.float16"):
         fuse(ada, base, tmp_path / "x", strength=1e7)
     assert fingerprint(base) == before and not list(tmp_path.iterdir())
-    with pytest.raises(FormatError, match="not for flux; write a fused folder"):
-        single_file.checkpoint({}, family="flux", layers=2)
+    with pytest.raises(FormatError, match="not for sd3; write a fused folder"):
+        single_file.checkpoint({}, family="sd3")
     with pytest.raises(FormatError, match="odd.weight has no place"):
         single_file.checkpoint({"unet": {"odd.weight": torch.ones(1)}, "vae": {}, "text_encoder": {}}, family="sd1", layers=2)
+
+
+def test_flux_comes_back_as_its_transformer(tmp_path):
+    pipe = twin("flux")
+    pipe.save_pretrained(tmp_path / "config")
+    base = Pipeline(pipe)
+    ada = concept(base, "ada", ("transformer.norm_out.linear", "transformer.single_transformer_blocks.0.proj_mlp"), rank=2, seed=1)
+    path = fuse(ada, base, tmp_path / "flux.safetensors", layout="checkpoint", dtype=torch.float32)
+    with base.applied(dict(ada.layers)):
+        assert_equal(Pipeline.load(path, config=tmp_path / "config").pipe, pipe)
+    ada = concept(base, "ada", ("text_encoder.encoder.layers.0.mlp.fc1",), rank=2, seed=1)
+    with pytest.raises(FormatError, match="1 layers of text encoders .* have no place in a file of Flux.1; use layout 'fused'"):
+        fuse(ada, base, tmp_path / "x.safetensors", layout="checkpoint")
+    assert not (tmp_path / "x.safetensors").exists()
 
 
 def tiny_xl():
@@ -179,7 +194,7 @@ def test_sdxl_comes_back_whole(tmp_path):
     pipe = tiny_xl()
     pipe.save_pretrained(tmp_path / "config")
     base = Pipeline(pipe)
-    assert family_of(base) == "sdxl"
+    assert base.family == "sdxl"
     encoder = next(name for name in base.modules if name.startswith("text_encoder_2.") and name.endswith("q_proj"))
     ada = concept(base, "ada", (encoder, "unet.up_blocks.1.attentions.2.transformer_blocks.0.attn2.to_v"), rank=2, seed=1)
     path = fuse(ada, base, tmp_path / "xl.safetensors", layout="checkpoint", dtype=torch.float32)

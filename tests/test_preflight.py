@@ -12,7 +12,7 @@ from loraclr.adapter import Adapter, DenseLayer, LoraLayer
 from loraclr.errors import MergeError
 from loraclr.merge import MergeWarning, merge
 from loraclr.pipeline import Pipeline
-from loraclr.preflight import checks, prediction, preflight
+from loraclr.preflight import prediction, preflight
 
 
 @pytest.fixture(scope="module")
@@ -118,21 +118,6 @@ def test_the_base_counts(shared):
     cai = three(shared)[2].with_(metadata={"modelspec.prediction_type": "v"})
     assert seen(cai, base=shared) == [("refuse", "prediction")]
     assert [prediction(named("a", **{"modelspec.architecture": "stable-diffusion-v2-768-v/lora"})), prediction(cai)] == ["v", "v"]
-
-
-def test_a_base_of_another_family_is_said_before_its_layers_are_looked_for():
-    class Base:
-        """As far as the check looks into a Pipeline: keys of the width of SD1.x."""
-
-        modules = ("unet.mid_block.attentions.0.transformer_blocks.0.attn2.to_k",)
-        pipe = None
-
-        def base_weight(self, name):
-            return torch.ones(8, 768)
-
-    for family, wanted in (("sdxl", [("refuse", "family")]), ("sd1", []), ("toybox-1", [])):
-        found = checks([named("a", "x").with_(family=family)], base=Base())
-        assert [(one.level, one.check) for one in found] == wanted, family
 
 
 def test_names_and_doubles():

@@ -8,7 +8,7 @@ import os
 
 import pytest
 import torch
-from concepts import KEYS, SMALL, SPATIAL, TEXT, three
+from concepts import KEYS, SMALL, SPATIAL, TEXT, concept, three
 from problems import make_problem
 
 from loraclr import linalg, scratch
@@ -145,6 +145,39 @@ def test_the_command_puts_it_beside_the_output_or_where_it_is_told(pipeline, mon
     assert "peak memory" in capsys.readouterr().out
     assert main([str(word) for word in (*shared, "--output", tmp_path / "c.safetensors", "--scratch", "no")]) != 0
     assert "no scratch file in no" in capsys.readouterr().err
+
+
+def test_every_command_that_collects_takes_a_folder_for_it(pipeline, monkeypatch, tmp_path, capsys):
+    """On layers of the text encoder, which take no passes through the UNet."""
+    pipeline.pipe.save_pretrained(tmp_path / "base")
+    ada, ben = (concept(pipeline, name, TEXT, rank=2, seed=seed, triggers=(f"{name} woman",)) for seed, name in enumerate(("ada", "ben")))
+    files = [save_adapter(one, tmp_path / f"{one.name}.safetensors") for one in (ada, ben)]
+    merged = save_adapter(merge([ada, ben], method="average").adapter, tmp_path / "merged.safetensors")
+    places, make = [], scratch.tempfile.TemporaryFile
+    monkeypatch.setattr(scratch.tempfile, "TemporaryFile", lambda **where: places.append(where["dir"]) or make(**where))
+    monkeypatch.setattr(scratch.Scratch.__init__, "__kwdefaults__", {"memory": 0})
+    (tmp_path / "room").mkdir()
+    base, room, wrong = ["--base", tmp_path / "base"], ["--scratch", tmp_path / "room"], ["--scratch", tmp_path / "none"]
+    verify = ["verify", merged, *files, *base, "--weight", "0.5", "--weight", "0.5"]
+    compare = ["compare", *files, *base, "--methods", "regmean", "--output", tmp_path / "page.html", "--force"]
+    create, add = ["pack", "create", files[0], *base, "--output"], ["pack", "add"]
+    for words, place in (
+        (verify, None),
+        ([*verify, *room], tmp_path / "room"),
+        (compare, tmp_path),
+        ([*compare, *room], tmp_path / "room"),
+        ([*create, tmp_path / "one"], tmp_path / ".one.making"),
+        ([*create, tmp_path / "two", *room], tmp_path / "room"),
+        ([*add, tmp_path / "one", files[1]], tmp_path / "one"),
+        ([*add, tmp_path / "two", files[1], *room], tmp_path / "room"),
+    ):
+        main([str(word) for word in words])
+        assert "error" not in capsys.readouterr().err and set(places) == {place}, words
+        places.clear()
+    for words in ([*verify, *wrong], [*compare, *wrong], [*create, tmp_path / "three", *wrong]):
+        assert main([str(word) for word in words]) == 1
+        assert "no scratch file in" in (said := capsys.readouterr().err) and len(said.splitlines()) == 1
+    assert not list((tmp_path / "room").iterdir())
 
 
 def test_an_interrupted_merge_leaves_nothing(pipeline, monkeypatch, tmp_path):

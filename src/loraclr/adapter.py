@@ -118,7 +118,8 @@ class Adapter:
     """One adapter: layers by name, learned tokens, and the words that call it.
 
     `tokens` maps a learned token such as `<rhea>` to its embeddings, (1, dim), or (cross-attention layers, dim) for the
-    layer-wise tokens of ED-LoRA and P+. `triggers` are words of plain text. Two adapters are equal when their deltas are.
+    layer-wise tokens of ED-LoRA and P+; `dim` is what the text encoder reads, of SDXL's two the one after the other. `triggers` are
+    words of plain text. Two adapters are equal when their deltas are.
     """
 
     layers: Mapping[str, Layer]
@@ -157,6 +158,11 @@ class Adapter:
     def components(self) -> tuple[str, ...]:
         """`unet`, `text_encoder`, ... in sorted order."""
         return tuple(sorted({name.split(".", 1)[0] for name in self.layers}))
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shapes of the weights it changes, by layer."""
+        return {layer.name: layer.shape for layer in self}
 
     @property
     def call(self) -> str:

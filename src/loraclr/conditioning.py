@@ -221,6 +221,57 @@ class Vocabulary:
         return None
 
 
+def by_encoder(tokens: Mapping[str, Tensor], widths: Mapping[str, int]) -> dict[str, dict[str, Tensor]]:
+    """What each text encoder reads of learned tokens: by their widths, of one that all know the rows of all, one after the other.
+
+    Raises UsageError where several text encoders would have an embedding per layer, PipelineError for embeddings of another width.
+    """
+    if len(widths) == 1:
+        return {name: dict(tokens) for name in widths}
+    if layered := [token for token, rows in tokens.items() if len(rows) > 1]:
+        said = f"the tokens {', '.join(layered)} have an embedding per layer, which one text encoder can give and not {len(widths)}"
+        raise UsageError(f"{said}; use tokens trained for this base model")
+    found: dict[str, dict[str, Tensor]] = {name: {} for name in widths}
+    for token, rows in tokens.items():
+        one = [name for name, width in widths.items() if width == rows.shape[1]][:1]
+        own = list(widths) if rows.shape[1] == sum(widths.values()) else one
+        if not own:
+            told = f"the token {token!r} has embeddings {tuple(rows.shape)}; the text encoders' widths are {list(widths.values())}"
+            raise PipelineError(f"{told}, or all together; use tokens trained for this base model")
+        for name, part in zip(own, torch.split(rows, [widths[name] for name in own], dim=1), strict=True):
+            found[name][token] = part
+    return {name: mine for name, mine in found.items() if mine}
+
+
+@contextmanager
+def knowing(
+    pipe: Any, component: str, tokens: Mapping[str, Tensor], *, layers: int, layer_rows: Mapping[int, Tensor]
+) -> Iterator[Mapping[int, Tensor]]:
+    """Inside, one text encoder of `pipe` and its tokenizer know `tokens`; gives the layer rows of these and of `layer_rows`.
+
+    Both are swapped for extended copies, and the very same objects come back on exit. Raises as `Vocabulary.extended`.
+    """
+    place = component.replace("text_encoder", "tokenizer")
+    encoder, tokenizer = getattr(pipe, component), getattr(pipe, place)
+    embedding = encoder.get_input_embeddings()
+    if embedding.weight.is_meta:
+        raise PipelineError("learned tokens need the text encoder in memory; offload whole components (--offload), not layer by layer")
+    extended = Vocabulary(tokenizer, embedding, layer_rows).extended(tokens, layers=layers)
+    # A 2 in old configurations means the token of the highest number, which is the end mark as long as there are no others behind it.
+    pooling = [module for module in encoder.modules() if getattr(module, "eos_token_id", None) == 2]
+    try:
+        setattr(pipe, place, extended.tokenizer)
+        encoder.set_input_embeddings(extended.embedding)
+        for module in pooling:
+            module.eos_token_id = tokenizer.eos_token_id
+        yield extended.layer_rows
+    finally:
+        for module in pooling:
+            module.eos_token_id = 2
+        encoder.set_input_embeddings(embedding)
+        setattr(pipe, place, tokenizer)
+
+
 def text_states(
     encoder: Any, vocabulary: Vocabulary, prompts: Sequence[str], *, layers: int, length: int, pad: bool = True, layered: bool = False
 ) -> Tensor:

@@ -8,16 +8,18 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import math
 import os
 import re
 import secrets
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from filelock import FileLock, Timeout
 
@@ -81,6 +83,20 @@ def write(path: str | Path, data: bytes | str) -> None:
     """The file at `path` with these bytes, or this text in UTF-8."""
     with whole(path) as part:
         part.write_bytes(data.encode() if isinstance(data, str) else data)
+
+
+def plain(value: Any, *, digits: int | None = None) -> Any:
+    """Mappings, sequences and numbers as JSON holds them, floats to `digits` significant digits: NaN, not measured, is None, and what is
+    infinite the text `inf`."""
+    if isinstance(value, Mapping):
+        return {str(key): plain(part, digits=digits) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(part, digits=digits) for part in value]
+    if not isinstance(value, float):
+        return value
+    if not math.isfinite(value):
+        return None if math.isnan(value) else str(value)
+    return value if digits is None else float(f"{value:.{digits}g}")
 
 
 def remove(path: Path) -> None:

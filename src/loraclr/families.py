@@ -1,4 +1,4 @@
-"""Families of models as data: what a diffusers pipeline does not say of itself, one row per pipeline class that needs one.
+"""Families of models as data: their names, and what a diffusers pipeline does not say of itself; one row per pipeline class that needs one.
 
 Everything else is asked of the pipeline: its components, the sizes in their configurations, the arguments its call takes. A class
 without a row is treated as `Family()` says, so a text-to-image pipeline of another family usually needs nothing here.
@@ -19,13 +19,14 @@ DENOISERS = ("unet", "transformer")
 
 @dataclass(frozen=True)
 class Family:
-    """How to call pipelines of one class.
+    """What adapters call a family of models, and how to call its pipelines.
 
-    `embedded_guidance`: the guidance is an input of the denoiser, so there is no unconditional half, no negative prompt, and no value that
-    means none. `patch`: how many cells of the latent a side the denoiser reads as one; without it 1 for a UNet and 2 for a transformer.
-    `arguments` go into every call.
+    `name` is as `Adapter.family` has it; None for what has no names in files. `embedded_guidance`: the guidance is an input of the
+    denoiser, so there is no unconditional half, no negative prompt, and no value that means none. `patch`: how many cells of the latent a
+    side the denoiser reads as one; without it 1 for a UNet and 2 for a transformer. `arguments` go into every call.
     """
 
+    name: str | None = None
     embedded_guidance: bool = False
     patch: int | None = None
     arguments: Mapping[str, object] = field(default_factory=lambda: MappingProxyType({}))
@@ -33,18 +34,24 @@ class Family:
 
 # By the name of the class in diffusers.
 FAMILIES: Mapping[str, Family] = {
-    "StableDiffusionPipeline": Family(),
-    "StableDiffusionXLPipeline": Family(),
-    "StableDiffusion3Pipeline": Family(),
-    "FluxPipeline": Family(embedded_guidance=True),
+    "StableDiffusionPipeline": Family("sd1"),
+    "StableDiffusionXLPipeline": Family("sdxl"),
+    "StableDiffusion3Pipeline": Family("sd3"),
+    "FluxPipeline": Family("flux", embedded_guidance=True),
     # Both would otherwise draw at another size than asked for and cut it, and rewrite the prompt.
     "PixArtAlphaPipeline": Family(arguments={"use_resolution_binning": False, "clean_caption": False}),
     "PixArtSigmaPipeline": Family(arguments={"use_resolution_binning": False, "clean_caption": False}),
 }
 
 
+VERSION_2 = Family("sd2")  # of the class of version 1; the layers around its attentions are linear, not convolutions
+NAMES = frozenset(family.name for family in (*FAMILIES.values(), VERSION_2) if family.name)
+
+
 def family_of(pipe: Any) -> Family:
-    return FAMILIES.get(type(pipe).__name__, Family())
+    """Of a base. What family a file of an adapter is for is `formats.names.guess_family`, as there are its layers alone."""
+    family = FAMILIES.get(type(pipe).__name__, Family())
+    return VERSION_2 if family.name == "sd1" and pipe.unet.config.use_linear_projection else family
 
 
 def denoiser_of(pipe: Any) -> str:

@@ -11,7 +11,7 @@ from torch import Tensor
 from loraclr import disk
 from loraclr.adapter import Adapter
 from loraclr.errors import FormatError, UsageError
-from loraclr.formats import files, header, names, sidecar, single_file
+from loraclr.formats import files, header, sidecar, single_file
 from loraclr.loading import silenced
 from loraclr.pipeline import Pipeline
 
@@ -32,9 +32,10 @@ def fuse(
     """Write `base` with `strength` times the adapter's change in its weights; returns the path. `base` itself comes back as it was.
 
     `fused` is a folder as diffusers saves it, `checkpoint` one .safetensors in the original layout of SD1.x, SD2.x and SDXL, as A1111 and
-    ComfyUI load it. Either appears whole or not at all. Learned tokens go to `NAME.tokens.safetensors` beside it. Raises FormatError for
-    a path or a family that does not suit, PipelineError for layers that the base does not have, UsageError for values beyond `dtype`,
-    WriteError where the system refuses.
+    ComfyUI load it; of Flux.1 it holds the transformer alone, as such files do, so that changes of its text encoders need the folder.
+    Either appears whole or not at all. Learned tokens go to `NAME.tokens.safetensors` beside it. Raises FormatError for a path or a family
+    that does not suit, PipelineError for layers that the base does not have, UsageError for values beyond `dtype`, WriteError where the
+    system refuses.
     """
     path = Path(path)
     with files.about(path):
@@ -43,6 +44,9 @@ def fuse(
             raise FormatError(f"layout {layout!r} is {made}")
         if layout == "fused" and path.exists():
             raise FormatError("exists already, and a model's folder is never replaced; give another name")
+        left = [name for name in adapter.layers if not name.startswith("transformer.")]
+        if layout == "checkpoint" and base.family == "flux" and left:
+            raise FormatError(f"{len(left)} layers of text encoders ({left[0]}) have no place in a file of Flux.1; use layout 'fused'")
         with base.applied(dict(adapter.layers), scale=strength):
             _check(base, dtype)
             with disk.reserved(path, sidecar.path_for(path)), disk.together():
@@ -55,13 +59,6 @@ def fuse(
     return path
 
 
-def family_of(base: Pipeline) -> str:
-    """`sd1`, `sd2`, `sdxl` or `flux`, by components and by what the cross-attention of the UNet reads."""
-    if "text_encoder_2" in base.pipe.components:
-        return "sdxl" if getattr(base.pipe, "unet", None) is not None else "flux"
-    return names.guess_family({name: tuple(base.base_weight(name).shape) for name in base.modules}) or "sd1"
-
-
 def _check(base: Pipeline, dtype: torch.dtype) -> None:
     most = torch.finfo(dtype).max
     for name in base.modules:
@@ -70,7 +67,7 @@ def _check(base: Pipeline, dtype: torch.dtype) -> None:
 
 
 def _about(adapter: Adapter, base: Pipeline) -> dict[str, str]:
-    kept = header.outgoing(adapter.with_(family=adapter.family or family_of(base)), {})
+    kept = header.outgoing(adapter.with_(family=adapter.family or base.family), {})
     kept[header.ARCHITECTURE] = kept[header.ARCHITECTURE].removesuffix("/lora")
     if (predicts := base.pipe.scheduler.config.get("prediction_type")) in _PREDICTIONS:
         kept[header.PREDICTION] = _PREDICTIONS[predicts]
@@ -78,14 +75,13 @@ def _about(adapter: Adapter, base: Pipeline) -> dict[str, str]:
 
 
 def _checkpoint(base: Pipeline, dtype: torch.dtype) -> dict[str, Tensor]:
-    components = {name: part for name, part in base.pipe.components.items() if name in ("unet", "vae", "text_encoder", "text_encoder_2")}
-    if "unet" not in components:
-        raise FormatError("checkpoints of one file are written for SD1.x, SD2.x and SDXL; write a fused folder")
     states = {
-        name: {path: tensor.detach() for path, tensor in part.state_dict().items()} for name, part in components.items() if part is not None
+        name: {path: tensor.detach() for path, tensor in part.state_dict().items()}
+        for name, part in base.pipe.components.items()
+        if isinstance(part, torch.nn.Module)
     }
-    layers = int(components["unet"].config.layers_per_block)
-    found = single_file.checkpoint(states, family=family_of(base), layers=layers)
+    layers = int(getattr(base.unet.config, "layers_per_block", 2))
+    found = single_file.checkpoint(states, family=base.family, layers=layers)
     # That these keys are there, whatever they hold, tells ComfyUI and others that a model predicts v, and has no signal at the end.
     noise = base.pipe.scheduler.config
     marks = {"v_pred": noise.get("prediction_type") == "v_prediction", "ztsnr": bool(noise.get("rescale_betas_zero_snr"))}

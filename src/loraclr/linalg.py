@@ -17,7 +17,7 @@ from torch import Tensor
 from loraclr.errors import NumericalError
 
 JITTER = (1e-12, 1e-10, 1e-8)  # times the mean diagonal, tried in turn
-BLOCK = 256  # columns of a Gram computed at a time
+BLOCK = 64  # columns of a Gram computed at a time: more are hardly faster, and store more of the half that is not needed
 NULL = 1e-12  # eigenvalues of a Gram below this share of the largest are rounding, not signal
 
 
@@ -41,7 +41,7 @@ def half_gram(rows: Tensor, before: Tensor | None = None) -> Tensor:
         return before + half_gram(rows).to(before.device)
     rows = rows.detach().to(torch.float64)
     width = rows.shape[1]
-    half = rows.new_zeros(sum(len(part) for part in _places(width))) if before is None else before.clone()
+    half = rows.new_zeros(half_size(width)) if before is None else before.clone()
     for start, place in zip(range(0, width, BLOCK), _places(width), strict=True):
         stop = min(start + BLOCK, width)
         part = half[place.start : place.stop].view(stop - start, stop)
@@ -65,6 +65,11 @@ def whole(half: Tensor, width: int) -> Tensor:
 def half(square: Tensor) -> Tensor:
     """The half of a symmetric (in, in), as `half_gram` makes it."""
     return torch.cat([square[start : start + BLOCK, : start + BLOCK].reshape(-1) for start in range(0, len(square), BLOCK)])
+
+
+def half_size(width: int) -> int:
+    """How many numbers the half of a symmetric (width, width) has."""
+    return sum(len(part) for part in _places(width))
 
 
 def _places(width: int) -> list[range]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import math
 import platform
 import time
 import warnings
@@ -106,12 +105,12 @@ class MergeResult:
             "collection": self.collection,
             "versions": dict(self.versions),
             "residual": {kind: _rounded(self.mean_residual(kind)) for kind in ("fit", "held_out")},
-            "cross_talk": None if self.cross_talk is None else _tables(self.cross_talk),
+            "cross_talk": None if self.cross_talk is None else disk.plain(self.cross_talk.report(), digits=6),
             "layers": [dataclasses.asdict(layer) for layer in self.layers],
             "seconds": dict(self.seconds),
             "memory": dict(self.memory),
         }
-        plain: dict[str, Any] = _plain(whole)
+        plain: dict[str, Any] = disk.plain(whole)
         return plain
 
     @property
@@ -132,7 +131,7 @@ class MergeResult:
             "collection": {key: value for key, value in self.collection.items() if key in TOLD} if self.collection else None,
         }
         return {
-            provenance.RECEIPT: json.dumps(_plain(compact), sort_keys=True, allow_nan=False),
+            provenance.RECEIPT: json.dumps(disk.plain(compact), sort_keys=True, allow_nan=False),
             "modelspec.title": self.adapter.name,
             "modelspec.description": f"{len(self.inputs)} adapters merged by loraclr {__version__}, method {self.method}",
             "modelspec.trigger_phrase": ", ".join(self.adapter.triggers),
@@ -427,12 +426,6 @@ def _receipt(
     return layer, receipt, heard
 
 
-def _tables(talk: CrossTalk) -> dict[str, Any]:
-    """Row i on concept i's features: how loud each other adapter is there, and its coefficient in the merge."""
-    tables = {kind: [[_rounded(value) for value in row] for row in getattr(talk, kind).tolist()] for kind in ("before", "after")}
-    return {**{key: _rounded(value) for key, value in talk.summary().items()}, "concepts": talk.concepts, "tables": tables}
-
-
 def file_factors(problem: LayerProblem, solution: LayerSolution, rank: int | None = None) -> Truncation:
     """The solution as float64 up (out, rank) and down (rank, in), as the merged file has them: exact where it can be, else cut where it
     hurts least. A dense one is cut to `rank`, or without that to the sum of the input ranks.
@@ -473,13 +466,3 @@ def _seed_of(layer: str, seed: int) -> int:
 
 def _rounded(value: float) -> float:
     return float(f"{value:.6g}")
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {str(key): _plain(part) for key, part in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(part) for part in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None if math.isnan(value) else str(value)
-    return value

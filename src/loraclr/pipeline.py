@@ -20,9 +20,8 @@ from torch import Tensor, nn
 
 from loraclr import families, loading, modules, sampling
 from loraclr.adapter import Adapter, Layer
-from loraclr.conditioning import Refine, Region, RegionStates, Vocabulary, conditioned, text_states
+from loraclr.conditioning import Refine, Region, RegionStates, Vocabulary, by_encoder, conditioned, knowing, text_states
 from loraclr.errors import PipelineError, UsageError
-from loraclr.formats.names import guess_family
 from loraclr.loading import load_pipe, placed
 
 if TYPE_CHECKING:
@@ -93,9 +92,8 @@ class Pipeline:
 
     @property
     def family(self) -> str | None:
-        """`sd1`, `sd2`, `sdxl` or `flux`, as adapters state it; None for any other."""
-        own = {name: module.weight.shape for name, module in self.modules.items() if name.startswith(f"{self._denoiser}.")}
-        return guess_family({name: tuple(shape) for name, shape in own.items()})  # type: ignore[arg-type]
+        """`sd1`, `sd2`, `sdxl`, `sd3` or `flux`, as adapters state it, whatever its sizes; None for any other."""
+        return families.family_of(self._pipe).name
 
     @property
     def device(self) -> torch.device:
@@ -180,27 +178,28 @@ class Pipeline:
     def with_tokens(self, tokens: Mapping[str, Tensor]) -> Iterator[None]:
         """Inside, prompts may use learned tokens: embeddings (1, dim), or (L, dim) with one per cross-attention layer.
 
-        The tokenizer and the embedding table are swapped for extended copies; the very same objects come back on exit.
-        Raises UsageError for tokens that exist already or whose L is not the number of cross-attention layers, PipelineError for
-        embeddings of another width.
+        `dim` is the width of the text encoder; of SDXL's two that of either, for one that the other does not know, or of both together.
+        Tokenizers and embedding tables are swapped for extended copies; the very same objects come back on exit. Raises UsageError for
+        tokens that exist already or whose L is not the number of cross-attention layers, PipelineError for embeddings of another width.
         """
         if not tokens:
             yield
             return
-        self.check_plain("learned tokens")
-        encoder, tokenizer, kept_tokens, kept_rows = self._encoder, self._pipe.tokenizer, self._tokens, self._layer_rows
-        embedding = encoder.get_input_embeddings()
-        if embedding.weight.is_meta:
-            raise PipelineError("learned tokens need the text encoder in memory; offload whole components (--offload), not layer by layer")
-        extended = self.vocabulary.extended(tokens, layers=len(self.cross_attention_layers))
+        if self.family != "sdxl":
+            self.check_plain("learned tokens")
+        encoders = {name: part for name, part in self._components.items() if name.startswith("text_encoder")}
+        widths = {name: int(encoder.get_input_embeddings().embedding_dim) for name, encoder in encoders.items()}  # type: ignore[operator]
+        kept = self._tokens, self._layer_rows
         try:
-            self._pipe.tokenizer, self._layer_rows = extended.tokenizer, extended.layer_rows
-            self._tokens = {**kept_tokens, **tokens}
-            encoder.set_input_embeddings(extended.embedding)
-            yield
+            with ExitStack() as restore:
+                for name, mine in by_encoder(tokens, widths).items():
+                    rows = kept[1] if name == "text_encoder" else {}
+                    rows = restore.enter_context(knowing(self._pipe, name, mine, layers=len(self.cross_attention_layers), layer_rows=rows))
+                    self._layer_rows = rows if name == "text_encoder" else self._layer_rows
+                self._tokens = {**kept[0], **tokens}
+                yield
         finally:
-            encoder.set_input_embeddings(embedding)
-            self._pipe.tokenizer, self._layer_rows, self._tokens = tokenizer, kept_rows, kept_tokens
+            self._tokens, self._layer_rows = kept
 
     @contextmanager
     def captured(self, names: Sequence[str], callback: Callable[[str, Tensor], None]) -> Iterator[None]:

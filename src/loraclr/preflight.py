@@ -16,7 +16,8 @@ import torch
 
 from loraclr.adapter import Adapter
 from loraclr.errors import LoraclrError, MergeError
-from loraclr.formats import header, names, notes, provenance, reduced
+from loraclr.families import NAMES
+from loraclr.formats import header, notes, provenance, reduced
 from loraclr.pipeline import Pipeline
 
 Level = Literal["refuse", "warn", "note"]
@@ -187,11 +188,9 @@ def _families(adapters: Sequence[Adapter], base: Pipeline | None) -> Iterator[Fi
     if len(families) > 1:
         text = f"the adapters belong to different model families ({', '.join(families)}); merge those of one family"
         yield Finding("refuse", "family", stated, text)
-    elif base is not None and families:
-        ours = names.guess_family({name: tuple(base.base_weight(name).shape) for name in base.modules})
-        if ours and families[0] != ours and families[0] in names.FAMILIES:
-            text = f"the adapters are for {families[0]} models and the base is one of {ours}; give the base they were made for"
-            yield Finding("refuse", "family", stated, text)
+    elif base is not None and base.family and families and families[0] != base.family and families[0] in NAMES:
+        text = f"the adapters are for {families[0]} models and the base is one of {base.family}; give the base they were made for"
+        yield Finding("refuse", "family", stated, text)
 
 
 def prediction(adapter: Adapter) -> str | None:

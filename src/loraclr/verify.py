@@ -75,6 +75,7 @@ def verify(
     calls: Mapping[str, str] | None = None,
     collection: Collection | None = None,
     progress: Callable[[str, float], None] | None = None,
+    scratch: str | Path | None = None,
 ) -> Verification:
     """Whether the file at `merged`, applied at strength 1, keeps every one of `sources`.
 
@@ -83,7 +84,8 @@ def verify(
     layers (of what was built from a pack: with the concept's own); without one, of the weights themselves. What was not merged by features
     is judged by its weights, which are exact, and on a base by its residuals too; a merge by features, which trades strength for keeping
     concepts apart, by residuals alone and by those in its receipt. NaN and infinite values are a FormatError of the reader. Raises
-    UsageError where a merge by features is to be judged without a base.
+    UsageError where a merge by features is to be judged without a base. `scratch` is a folder for statistics that do not fit into memory,
+    the system's for temporary files without it.
     """
     merged = Path(merged)
     whole, file = examine(merged, base=base)
@@ -112,7 +114,7 @@ def verify(
     measure = plain
     if base is not None:
         settings, own = collection or _collected(receipt), _Measure(names, adapters, meant)
-        measure = _featured(own, whole, shapes, base, calls or {}, settings, _packed(receipt), progress)
+        measure = _featured(own, whole, shapes, base, calls or {}, settings, _packed(receipt), progress, scratch)
     kept = measure.kept()
     wrong = _misshapen(whole, adapters, file, missing, underflow)
     for one, exact in zip(kept, plain.kept(), strict=True):
@@ -151,6 +153,7 @@ def _featured(
     settings: Collection,
     alone: bool,
     progress: Callable[[str, float], None] | None,
+    scratch: str | Path | None,
 ) -> _Measure:
     """`measure` with all layers, on the features of `base`: behind the merged earlier stages, or `alone`, as in a pack."""
     check_fit(shapes, base)
@@ -161,7 +164,7 @@ def _featured(
     stages = base.stages(list(shapes))
     for number, stage in enumerate(stages):
         before = {name: whole.layers[name] for one in stages[:number] for name in one if name in whole.layers}
-        with Scratch() as room:
+        with Scratch(scratch) as room:
             if alone:
                 seen = [_alone(base, concept, stage, settings, room) for concept in concepts]
             else:

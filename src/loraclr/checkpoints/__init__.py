@@ -1,7 +1,7 @@
-"""Single-file checkpoints: one .safetensors with a whole Stable Diffusion 1, 2 or XL in the names of its original code.
+"""Single-file checkpoints: one .safetensors with a whole Stable Diffusion 1, 2 or XL, or with Flux.1, in the names of its original code.
 
-diffusers does the renaming. It wants to fetch configurations and a tokenizer, and does so even where it is told to stay offline; here it
-is handed both, so nothing is ever downloaded.
+diffusers does the renaming of Stable Diffusion. It wants to fetch configurations and a tokenizer, and does so even where it is told to
+stay offline; here it is handed both, so nothing is ever downloaded.
 """
 
 from __future__ import annotations
@@ -9,33 +9,49 @@ from __future__ import annotations
 import inspect
 import json
 import lzma
+from collections.abc import Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
 
+from loraclr.checkpoints import flux
 from loraclr.checkpoints.configs import ARCHITECTURES, PADDING, PIPELINES
 from loraclr.errors import PipelineError
+from loraclr.formats.names import READ
 
 _UNET = "model.diffusion_model."
 _PARTS = {_UNET: "no UNet", "first_stage_model.": "no autoencoder"}
+_WIDTHS = " or ".join((", ".join(map(str, sorted(READ)[:-1])), str(max(READ))))
 _TEXT = ("cond_stage_model.", "conditioner.embedders.")
+_QUANTISED = (".scale_weight", ".weight_scale", "scaled_fp8", ".absmax", ".quant_map", ".comfy_quant")  # beside numbers that need them
+
+
+class Header(NamedTuple):
+    """What a file says without its weights being read."""
+
+    stated: Mapping[str, str]
+    shapes: Mapping[str, tuple[int, ...]]
 
 
 def load_checkpoint(file: Path, *, dtype: torch.dtype, config: Path | None = None) -> Any:
-    """A diffusers pipeline of the file's weights. `config` is a diffusers folder of its architecture, whose weights are not read.
+    """A diffusers pipeline of the file's weights. `config` is a diffusers folder of its architecture.
 
     Without it Stable Diffusion 1.x, 2.x or XL is told by its shapes, and v-prediction by what the file states; Stable Diffusion 2 has it
-    unless the file says otherwise. Raises PipelineError for a file that is no such checkpoint, and says what is missing.
+    unless the file says otherwise. With it no weights of the folder are read, but for Flux.1, of which it gives what the file lacks.
+    Raises PipelineError for a file that is no such checkpoint, and says what is missing.
     """
-    width, changes = _recognised(file, known=config is None)
+    header = _header(file)
+    if flux.known(header.shapes):
+        return flux.load(file, header.shapes, dtype=dtype, config=config)
+    family, changes = _recognised(file, header, known=config is None)
     with TemporaryDirectory() as folder:
         home, objects = config, {}
         if home is None:
-            home, objects = Path(folder), dict(zip(("tokenizer", "tokenizer_2"), map(tokenizer, PADDING[width]), strict=False))
-            write_config(width, home, scheduler=changes)
+            home, objects = Path(folder), dict(zip(("tokenizer", "tokenizer_2"), map(tokenizer, PADDING[family]), strict=False))
+            write_config(family, home, scheduler=changes)
         return _converted(file, home, objects, dtype=dtype)
 
 
@@ -60,19 +76,29 @@ def _converted(file: Path, config: Path, objects: dict[str, Any], *, dtype: torc
     return pipe
 
 
-_REMEDY = "use a whole checkpoint of Stable Diffusion 1, 2 or XL, or for another architecture give a diffusers folder of it as its config"
+_REMEDY = (
+    "use a whole checkpoint of Stable Diffusion 1, 2 or XL, or one of Flux.1, or for another architecture give a diffusers folder of it as "
+    "its config (--base-config)"
+)
 
 
-def _recognised(file: Path, *, known: bool) -> tuple[int, dict[str, Any]]:
-    """What its cross-attention reads, and what differs in its scheduler. Only the header is read."""
+def _header(file: Path) -> Header:
     if file.suffix != ".safetensors":
         raise PipelineError(f"{file} is one file but no .safetensors, and others may run code when read; save it as .safetensors first")
     try:
         with safe_open(file, framework="pt") as content:
-            stated = content.metadata() or {}
             shapes = {key: tuple(content.get_slice(key).get_shape()) for key in content.keys()}  # noqa: SIM118
+            found = Header(content.metadata() or {}, shapes)
     except (SafetensorError, OSError) as error:
         raise PipelineError(f"{file} is no readable .safetensors ({error}); download it again") from error
+    if mark := next((key for key in found.shapes if key.endswith(_QUANTISED)), None):
+        raise PipelineError(f"{file} is quantised ({mark}), and weights cannot be read out of it; use the fp16, bf16 or plain fp8 file")
+    return found
+
+
+def _recognised(file: Path, header: Header, *, known: bool) -> tuple[str, dict[str, Any]]:
+    """Its family, empty where that need not be `known`, and what differs in its scheduler."""
+    stated, shapes = header
     missing = [words for prefix, words in _PARTS.items() if not any(key.startswith(prefix) for key in shapes)]
     missing += [] if any(key.startswith(_TEXT) for key in shapes) else ["no text encoder"]
     if missing:
@@ -80,8 +106,8 @@ def _recognised(file: Path, *, known: bool) -> tuple[int, dict[str, Any]]:
     if shapes.get(f"{_UNET}input_blocks.0.0.weight", (0, 4))[1] != 4:
         raise PipelineError(f"{file} is a checkpoint for inpainting or editing; use a text-to-image model")
     width = next((shape[-1] for key, shape in sorted(shapes.items()) if key.endswith("attn2.to_k.weight")), 0)
-    if known and width not in ARCHITECTURES:
-        raise PipelineError(f"{file} has cross-attention that reads {width} numbers, not 768, 1024 or 2048; {_REMEDY}")
+    if known and width not in READ:
+        raise PipelineError(f"{file} has cross-attention that reads {width} numbers, not {_WIDTHS}; {_REMEDY}")
     changes: dict[str, Any] = {}
     architecture, prediction = stated.get("modelspec.architecture", ""), stated.get("modelspec.prediction_type", "")
     if "v_pred" in shapes or prediction.startswith("v"):
@@ -90,18 +116,18 @@ def _recognised(file: Path, *, known: bool) -> tuple[int, dict[str, Any]]:
         changes["prediction_type"] = "epsilon"
     if "ztsnr" in shapes:
         changes |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
-    return width, changes
+    return READ.get(width, ""), changes
 
 
-def write_config(width: int, folder: Path, *, scheduler: dict[str, Any]) -> None:
+def write_config(family: str, folder: Path, *, scheduler: dict[str, Any]) -> None:
     """The configuration half of a diffusers folder: all but weights and tokenizers.
 
     Whole, with the defaults of diffusers' classes, as its converters look up what is in the file and nothing else.
     """
     import diffusers
 
-    index: dict[str, Any] = {"_class_name": PIPELINES[width]}
-    for name, (library, kind, values) in ARCHITECTURES[width].items():
+    index: dict[str, Any] = {"_class_name": PIPELINES[family]}
+    for name, (library, kind, values) in ARCHITECTURES[family].items():
         index[name] = [library, kind]
         (folder / name).mkdir()
         own = {**values, **scheduler} if name == "scheduler" else dict(values)
@@ -110,9 +136,10 @@ def write_config(width: int, folder: Path, *, scheduler: dict[str, Any]) -> None
             own = {one.name: one.default for one in stated if one.default is not one.empty} | own
         target = folder / name / ("scheduler_config.json" if name == "scheduler" else "config.json")
         target.write_text(json.dumps({"_class_name": kind, **own}))
-    for number, _ in enumerate(PADDING[width]):
+    for number, _ in enumerate(PADDING[family]):
         index["tokenizer" if number == 0 else "tokenizer_2"] = ["transformers", "CLIPTokenizer"]
-    index |= {} if width == 2048 else {"safety_checker": [None, None], "feature_extractor": [None, None], "requires_safety_checker": False}
+    if family != "sdxl":
+        index |= {"safety_checker": [None, None], "feature_extractor": [None, None], "requires_safety_checker": False}
     (folder / "model_index.json").write_text(json.dumps(index))
 
 

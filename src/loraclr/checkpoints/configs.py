@@ -31,15 +31,15 @@ _VAE = {
 Component = tuple[str, str, Mapping[str, Any]]
 """Library, class, configuration."""
 
-# By what the UNet's cross-attention reads. Tokenizers are `checkpoints.tokenizer`, told apart by what they pad with.
-ARCHITECTURES: Mapping[int, Mapping[str, Component]] = {
-    768: {
+# By family. Tokenizers are `checkpoints.tokenizer`, told apart by what they pad with.
+ARCHITECTURES: Mapping[str, Mapping[str, Component]] = {
+    "sd1": {
         "unet": ("diffusers", "UNet2DConditionModel", {"sample_size": 64, "cross_attention_dim": 768, "attention_head_dim": 8}),
         "text_encoder": ("transformers", "CLIPTextModel", _CLIP_L),
         "vae": ("diffusers", "AutoencoderKL", {**_VAE, "sample_size": 512, "scaling_factor": 0.18215}),
         "scheduler": ("diffusers", "PNDMScheduler", {**_NOISE, "skip_prk_steps": True, "set_alpha_to_one": False}),
     },
-    1024: {
+    "sd2": {
         "unet": (
             "diffusers",
             "UNet2DConditionModel",
@@ -66,7 +66,7 @@ ARCHITECTURES: Mapping[int, Mapping[str, Component]] = {
             {**_NOISE, "clip_sample": False, "set_alpha_to_one": False, "prediction_type": "v_prediction"},
         ),
     },
-    2048: {
+    "sdxl": {
         "unet": (
             "diffusers",
             "UNet2DConditionModel",
@@ -103,5 +103,5 @@ ARCHITECTURES: Mapping[int, Mapping[str, Component]] = {
         "scheduler": ("diffusers", "EulerDiscreteScheduler", {**_NOISE, "timestep_spacing": "leading"}),
     },
 }
-PIPELINES = {768: "StableDiffusionPipeline", 1024: "StableDiffusionPipeline", 2048: "StableDiffusionXLPipeline"}
-PADDING = {768: ("<|endoftext|>",), 1024: ("!",), 2048: ("<|endoftext|>", "!")}
+PIPELINES = {"sd1": "StableDiffusionPipeline", "sd2": "StableDiffusionPipeline", "sdxl": "StableDiffusionXLPipeline"}
+PADDING = {"sd1": ("<|endoftext|>",), "sd2": ("!",), "sdxl": ("<|endoftext|>", "!")}

@@ -16,7 +16,11 @@ BaseDtype = Annotated[Literal["fp32", "bf16", "fp16"], typer.Option(help="Precis
 Offload = Annotated[bool, typer.Option("--offload", help="Keep the base in main memory, each component on the device while it runs.")]
 BaseConfig = Annotated[
     Path | None,
-    typer.Option(metavar="DIR", help="A diffusers folder of a checkpoint's kind.", show_default="SD1.x, SD2.x or SDXL by its shapes"),
+    typer.Option(
+        metavar="DIR",
+        help="A diffusers folder of a checkpoint's kind; of Flux.1, also with what the checkpoint lacks.",
+        show_default="SD1.x, SD2.x or SDXL by its shapes",
+    ),
 ]
 
 

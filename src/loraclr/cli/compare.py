@@ -13,7 +13,7 @@ from rich.text import Text
 from loraclr import disk
 from loraclr.cli import evaluate, parse, show
 from loraclr.cli.base import SOURCE, BaseConfig, BaseDtype, Device, Offload, open_base
-from loraclr.cli.options import Batch, CollectionSeed, Guidance, Size, Steps, Triggers, Weights
+from loraclr.cli.options import Batch, CollectionSeed, Guidance, Scratch, Size, Steps, Triggers, Weights
 from loraclr.errors import UsageError
 
 if TYPE_CHECKING:
@@ -78,6 +78,7 @@ def compare(
     base_dtype: BaseDtype = "fp32",
     offload: Offload = False,
     base_config: BaseConfig = None,
+    scratch: Scratch = None,
     force: Annotated[bool, typer.Option("--force", help="Replace existing files.")] = False,
 ) -> None:
     """Merge the same adapters with many methods, and measure all of them alike.
@@ -120,6 +121,7 @@ def compare(
             rank=rank,
             seed=seed,
             keep=keep,
+            scratch=scratch or output.absolute().parent,
             progress=tell,
         )
         write(found)  # before pictures, which take longest

@@ -15,7 +15,7 @@ from loraclr.errors import UsageError
 def convert(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="An adapter file, or a PEFT folder.", show_default=False)],
     to: Annotated[
-        Literal["kohya", "diffusers", "peft", "edlora", "diff", "embedding", "fused", "checkpoint"],
+        Literal["kohya", "diffusers", "peft", "edlora", "diff", "bundle", "embedding", "fused", "checkpoint"],
         typer.Option(help="Names and layout of the output; fused and checkpoint are the base with the adapter in it.", show_default=False),
     ],
     output: Annotated[Path | None, typer.Option(metavar="OUT", help="The file to write.", show_default="FILE-FORMAT, beside FILE")] = None,
@@ -43,7 +43,7 @@ def convert(
         raise UsageError(f"--to {to} is the base model with the adapter in it; give --base")
     if output.resolve() == file.resolve():
         raise UsageError(f"--output {output} is the file to convert; give another name")
-    parse.hold_output(output, to, [] if to in ("edlora", "embedding") else [tokens], force=force, more=[tokens])
+    parse.hold_output(output, to, [] if to in ("edlora", "bundle", "embedding") else [tokens], force=force, more=[tokens])
 
     import torch
 

@@ -12,7 +12,7 @@ from rich.text import Text
 
 from loraclr.cli import parse, show
 from loraclr.cli.base import SOURCE, BaseConfig, BaseDtype, Device, Offload, open_base
-from loraclr.cli.options import CollectionSeed, Triggers, Weights
+from loraclr.cli.options import CollectionSeed, Scratch, Triggers, Weights
 
 if TYPE_CHECKING:
     from loraclr.merge import LayerReceipt, MergeResult
@@ -39,7 +39,7 @@ def merge(
     trigger: Triggers = [],  # noqa: B006
     rank: Annotated[int | None, typer.Option(min=1, help="The most per layer.", show_default="what the solution needs")] = None,
     format: Annotated[
-        Literal["kohya", "diffusers", "peft", "edlora", "diff"], typer.Option(help="Names and layout of the output.")
+        Literal["kohya", "diffusers", "peft", "edlora", "diff", "bundle"], typer.Option(help="Names and layout of the output.")
     ] = "kohya",
     dtype: Annotated[Literal["fp16", "fp32"], typer.Option(help="Precision of the output.")] = "fp16",
     seed: CollectionSeed = 0,
@@ -59,10 +59,7 @@ def merge(
     base_dtype: BaseDtype = "fp32",
     offload: Offload = False,
     base_config: BaseConfig = None,
-    scratch: Annotated[
-        Path | None,
-        typer.Option(metavar="DIR", help="Where statistics go that do not fit into memory; nothing stays.", show_default="beside OUT"),
-    ] = None,
+    scratch: Scratch = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing OUT.")] = False,
     json: Annotated[bool, typer.Option("--json", help="Print the receipt as JSON.")] = False,
 ) -> None:

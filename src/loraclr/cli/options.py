@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -15,6 +16,11 @@ Weights = Annotated[
     typer.Option(metavar="[NAME=]NUMBER", help="Strength of an adapter, by its file's name or in order; repeatable.", show_default="1"),
 ]
 CollectionSeed = Annotated[int, typer.Option(help="Of the noise that features are collected on.")]
+SCRATCH = "Where statistics go that do not fit into memory; nothing stays."
+Scratch = Annotated[
+    Path | None,
+    typer.Option(metavar="DIR", help=SCRATCH, show_default="beside what is written"),
+]
 Steps = Annotated[int, typer.Option(help="Denoising steps.")]
 Guidance = Annotated[float, typer.Option(help="How strictly prompts are followed; 1 switches guidance off.")]
 Size = Annotated[str | None, typer.Option(metavar="HxW", help="Height and width in pixels.", show_default="the model's own")]

@@ -11,7 +11,7 @@ from rich.text import Text
 from loraclr import disk
 from loraclr.cli import parse, show
 from loraclr.cli.base import SOURCE, BaseConfig, BaseDtype, Device, Offload, open_base
-from loraclr.cli.options import CollectionSeed, Triggers
+from loraclr.cli.options import CollectionSeed, Scratch, Triggers
 
 if TYPE_CHECKING:
     from loraclr.pack import Pack
@@ -33,6 +33,7 @@ def create(
     base_dtype: BaseDtype = "fp32",
     offload: Offload = False,
     base_config: BaseConfig = None,
+    scratch: Scratch = None,
     json: AsJson = False,
 ) -> None:
     """Make a pack of adapters. Stopped or killed, the same command goes on with those that are missing.
@@ -48,7 +49,7 @@ def create(
     collection = Collection(seed=seed)
     pipeline = open_base(base, device, base_dtype, offload=offload, config=base_config)
     with show.progress(quiet=json) as tell:
-        made = Pack.create(output, files, base=pipeline, calls=calls, collection=collection, progress=tell)
+        made = Pack.create(output, files, base=pipeline, calls=calls, collection=collection, progress=tell, scratch=scratch)
     _show(made, json=json)
 
 
@@ -62,6 +63,7 @@ def add(
     base_dtype: BaseDtype = "fp32",
     offload: Offload = False,
     base_config: BaseConfig = None,
+    scratch: Scratch = None,
     json: AsJson = False,
 ) -> None:
     """Add adapters. The files of those that are there stay as they are."""
@@ -72,7 +74,7 @@ def add(
     opened = Pack.open(pack)
     pipeline = open_base(base or opened.base, device, base_dtype, offload=offload, config=base_config)
     with show.progress(quiet=json) as tell:
-        opened = opened.add(files, base=pipeline, calls=calls, progress=tell)
+        opened = opened.add(files, base=pipeline, calls=calls, progress=tell, scratch=scratch)
     _show(opened, json=json)
 
 

@@ -20,6 +20,7 @@ ENDINGS = {
     "peft": ("",),
     "edlora": (".pth", ".pt"),
     "diff": (".safetensors",),
+    "bundle": (".safetensors",),
     "embedding": (".safetensors",),
     "fused": ("",),
     "checkpoint": (".safetensors",),

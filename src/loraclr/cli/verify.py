@@ -10,7 +10,7 @@ import typer
 
 from loraclr.cli import parse, show
 from loraclr.cli.base import SOURCE, BaseConfig, BaseDtype, Device, Offload, open_base
-from loraclr.cli.options import Triggers
+from loraclr.cli.options import SCRATCH, Triggers
 
 
 def verify(
@@ -29,6 +29,9 @@ def verify(
     base_dtype: BaseDtype = "fp32",
     offload: Offload = False,
     base_config: BaseConfig = None,
+    scratch: Annotated[
+        Path | None, typer.Option(metavar="DIR", help=SCRATCH, show_default="the system's folder for temporary files")
+    ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Check a merged file against its sources: layers, numbers, and every concept's strength at 1.0. Fails where something is wrong.
@@ -43,7 +46,7 @@ def verify(
 
     pipeline = None if base is None else open_base(base, device, base_dtype, offload=offload, config=base_config)
     with show.progress(quiet=json) as tell:
-        found = run(merged, files, base=pipeline, weights=weights, calls=calls, progress=tell)
+        found = run(merged, files, base=pipeline, weights=weights, calls=calls, scratch=scratch, progress=tell)
     if json:
         show.as_json({"good": found.good, **dataclasses.asdict(found)})
     else:

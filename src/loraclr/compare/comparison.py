@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,12 +67,13 @@ class Comparison:
 
     def report(self) -> dict[str, Any]:
         """Everything, ready for JSON; what was not measured is None."""
-        whole: dict[str, Any] = _plain(
+        whole: dict[str, Any] = disk.plain(
             {
                 "settings": self.settings,
                 "methods": [_entry(entry) for entry in self.entries],
                 "pictures": self.pictures.report() if self.pictures else None,
-            }
+            },
+            digits=4,
         )
         return whole
 
@@ -101,24 +101,10 @@ def _entry(entry: Entry) -> dict[str, Any]:
         found |= {
             "residual": {kind: measure.residual(kind) for kind in ("fit", "held_out")},
             "by_concept": {name: measure.residual(concept=name) for name in talk.concepts},
-            "cross_talk": {**talk.summary(), **_tables(talk)},
+            "cross_talk": talk.report(),
             "layers": {
-                name: {"fit": measure.fit[name], "held_out": measure.held_out[name], **_tables(layer)}
+                name: {"fit": measure.fit[name], "held_out": measure.held_out[name], "tables": layer.tables()}
                 for name, layer in measure.layers.items()
             },
         }
     return found
-
-
-def _tables(talk: Any) -> dict[str, Any]:
-    return {"tables": {kind: getattr(talk, kind).tolist() for kind in ("before", "after")}}
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {str(key): _plain(part) for key, part in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(part) for part in value]
-    if isinstance(value, float):
-        return float(f"{value:.4g}") if math.isfinite(value) else None
-    return value

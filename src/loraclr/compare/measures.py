@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -48,6 +49,7 @@ def measure(
     *,
     settings: Collection | None = None,
     progress: Callable[[str, float], None] | None = None,
+    scratch: str | Path | None = None,
 ) -> dict[str, Measure]:
     """All merges by label. Only inner products are kept of the features; statistics of one concept and stage wait in a scratch file."""
     settings = replace(settings or Collection(), preserve=(), sample=0)
@@ -56,7 +58,7 @@ def measure(
     for index, concept in enumerate(concepts):
         earlier: dict[str, Layer] = {}
         for stage in pipeline.stages(names):
-            with Scratch() as room:
+            with Scratch(scratch) as room:
                 statistics = collect(pipeline, [concept], stage, settings=settings, merged=earlier, scratch=room)
                 for name in stage:
                     shape = pipeline.base_weight(name).flatten(1).shape

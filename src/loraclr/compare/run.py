@@ -43,14 +43,16 @@ def compare(
     seed: int | None = None,
     collection: Collection | None = None,
     keep: str | Path | None = None,
+    scratch: str | Path | None = None,
     progress: Callable[[str, float], None] | None = None,
 ) -> Comparison:
     """Merge the adapters (or their files) with every one of `methods`, by label; all of `every_method` without.
 
     Every method collects for itself what it learns from, as in `merge`. Residuals, strength and cross-talk are measured afterwards, for all
     methods on the same features: those of each concept's own adapter, on the prompts of `collection`. A method that these inputs do not
-    suit, or that fails, is an entry that says why. `keep` is a folder that the merged files are written to, by label. Without
-    `seed` it is that of `collection`. Raises UsageError, WriteError where `keep` cannot be made, and MergeError if no method could merge.
+    suit, or that fails, is an entry that says why. `keep` is a folder that the merged files are written to, by label, `scratch` one for
+    statistics that do not fit into memory. Without `seed` it is that of `collection`. Raises UsageError, WriteError where `keep` cannot be
+    made, and MergeError if no method could merge.
     """
     if methods is not None and not methods:
         raise UsageError("no methods to compare; name at least one, or leave them out for all")
@@ -84,10 +86,11 @@ def compare(
                     seed=seed,
                     collection=collection,
                     progress=tell,
+                    scratch=scratch,
                 )
             seconds = time.perf_counter() - began
-            with tempfile.TemporaryDirectory() as scratch:
-                folder = Path(scratch if keep is None else keep)
+            with tempfile.TemporaryDirectory() as passing:
+                folder = Path(passing if keep is None else keep)
                 size = result.save(folder / f"{file_name(label)}.safetensors").stat().st_size
             entries.append(Entry(label, "", result, size, seconds, peak.megabytes))
         except Exception as error:  # also of the libraries below: the other methods' results must not be lost
@@ -114,7 +117,7 @@ def compare(
     if not any(len(adapter) for adapter in loaded):
         return Comparison(tuple(entries), settings)
     merges = {entry.label: entry.result.adapter for entry in done if entry.result is not None}
-    found = measure(base, concepts, merges, settings=usual, progress=progress)
+    found = measure(base, concepts, merges, settings=usual, progress=progress, scratch=scratch)
     return Comparison(tuple(replace(entry, measure=found.get(entry.label)) for entry in entries), settings)
 
 

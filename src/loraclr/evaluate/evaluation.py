@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -118,7 +117,7 @@ class Evaluation:
                 for label, against, found in self.differences()
             ],
         }
-        plain: dict[str, Any] = _plain(whole)
+        plain: dict[str, Any] = disk.plain(whole)
         return plain
 
     def save(self, path: str | Path) -> Path:
@@ -127,12 +126,3 @@ class Evaluation:
         disk.make_folder(target.parent)
         disk.write(target, json.dumps(self.report(), indent=1, allow_nan=False) + "\n")
         return target
-
-
-def _plain(value: Any) -> Any:
-    """Numbers that JSON has no word for become None."""
-    if isinstance(value, Mapping):
-        return {key: _plain(inner) for key, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(inner) for inner in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

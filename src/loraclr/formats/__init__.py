@@ -14,7 +14,7 @@ import torch
 from loraclr import disk
 from loraclr.adapter import Adapter, LoraLayer
 from loraclr.errors import FormatError
-from loraclr.formats import comfy, diffusers, edlora, embedding, files, full, header, kohya, names, notes, peft, sidecar
+from loraclr.formats import bundle, comfy, diffusers, edlora, embedding, files, full, header, kohya, names, notes, peft, sidecar
 from loraclr.formats.base import FLOATS, AdapterFormat, BaseWeights, Content, PrecisionWarning, unplaced
 from loraclr.formats.files import digest
 from loraclr.formats.provenance import LICENSE
@@ -37,7 +37,7 @@ __all__ = [
     "save_adapter",
 ]
 
-FORMATS: tuple[AdapterFormat, ...] = (kohya, diffusers, peft, edlora, full, embedding, comfy)
+FORMATS: tuple[AdapterFormat, ...] = (kohya, diffusers, peft, edlora, full, bundle, embedding, comfy)
 WRITTEN: tuple[str, ...] = tuple(one.id for one in FORMATS if one is not comfy)
 
 
@@ -80,8 +80,7 @@ def save_adapter(
         content = target.write(adapter, dtype)
         content = Content(content.tensors, header.outgoing(adapter, metadata or {}) | dict(content.metadata))
         with disk.reserved(path, sidecar.path_for(path)), disk.together():
-            if not target.holds_tokens:
-                sidecar.write(adapter.tokens, path)
+            sidecar.write({} if target.holds_tokens else adapter.tokens, path)
             files.write(content, path, target.storage)
     return path
 
@@ -145,7 +144,7 @@ def _load(path: Path, name: str | None, base: BaseWeights | None) -> tuple[Adapt
             name=name or (path.name if path.is_dir() else path.stem),
             tokens={**adapter.tokens, **beside},
             triggers=header.triggers(content.metadata, noted)[0],
-            family=header.family(content.metadata, adapter.family or names.guess_family({layer.name: layer.shape for layer in adapter})),
+            family=header.family(content.metadata, adapter.family or names.guess_family(adapter.shapes)),
             metadata=stated,
         )
     return adapter, target, content

@@ -13,7 +13,7 @@ import torch
 
 from loraclr.adapter import Adapter
 from loraclr.errors import FormatError
-from loraclr.formats import flux, kinds, ldm, names
+from loraclr.formats import embedding, flux, kinds, ldm, names
 from loraclr.formats.base import BaseWeights, Content, Storage, unplaced
 from loraclr.formats.kohya import alpha_over_rank
 from loraclr.formats.parts import Parts, Place
@@ -40,8 +40,9 @@ def detect(keys: Iterable[str], metadata: Mapping[str, str]) -> bool:
 
 
 def read(content: Content, base: BaseWeights | None = None) -> Adapter:
+    tensors, tokens = embedding.unbundled(content.tensors)
     parts, unknown = Parts(), []
-    for key, tensor in content.tensors.items():
+    for key, tensor in tensors.items():
         match = _XLABS.fullmatch(key) or _WEIGHT.fullmatch(key) or _OTHER.fullmatch(key)
         place = _place(match["path"]) if match else None
         if match is None or place is None:
@@ -51,7 +52,7 @@ def read(content: Content, base: BaseWeights | None = None) -> Adapter:
             parts.put(place, _FACTORS[found["factor"]] if "factor" in found else found["part"], tensor)
     if unknown:
         raise unplaced(unknown, id)
-    adapter = Adapter(parts.layers(alpha_over_rank, base))
+    adapter = Adapter(parts.layers(alpha_over_rank, base), tokens=tokens)
     return adapter.with_(family="flux") if "transformer" in adapter.components else adapter
 
 

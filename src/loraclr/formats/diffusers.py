@@ -16,7 +16,7 @@ import torch
 
 from loraclr.adapter import Adapter
 from loraclr.errors import FormatError
-from loraclr.formats import loraconfig, names
+from loraclr.formats import embedding, loraconfig, names
 from loraclr.formats.base import BaseWeights, Content, Storage, stored_layers, unplaced
 from loraclr.formats.parts import Parts
 
@@ -41,8 +41,9 @@ def detect(keys: Iterable[str], metadata: Mapping[str, str]) -> bool:
 
 
 def read(content: Content, base: BaseWeights | None = None) -> Adapter:
+    tensors, tokens = embedding.unbundled(content.tensors)
     parts, unknown, alphas = Parts(), [], False
-    for key, tensor in content.tensors.items():
+    for key, tensor in tensors.items():
         weight, alpha, magnitude = _WEIGHT.fullmatch(key), _ALPHA.fullmatch(key), _MAGNITUDE.fullmatch(key)
         match = weight or alpha or magnitude
         name = _canonical(match["path"]) if match else None
@@ -68,7 +69,7 @@ def read(content: Content, base: BaseWeights | None = None) -> Adapter:
         return alpha / rank if alpha else 1.0
 
     loraconfig.check_dora({name: configs.get(names.split(name)[0], {}) for name in parts.without("dora_scale")})
-    return Adapter(parts.layers(scale, base))
+    return Adapter(parts.layers(scale, base), tokens=tokens)
 
 
 def write(adapter: Adapter, dtype: torch.dtype) -> Content:

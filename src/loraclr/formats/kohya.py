@@ -12,7 +12,7 @@ import torch
 
 from loraclr.adapter import Adapter, LoraLayer
 from loraclr.errors import FormatError
-from loraclr.formats import bundle, flux, kinds, ldm, names
+from loraclr.formats import embedding, flux, kinds, ldm, names
 from loraclr.formats.base import BaseWeights, Content, Storage, stored_layers, unplaced
 from loraclr.formats.parts import Parts, Place
 
@@ -38,7 +38,7 @@ def detect(keys: Iterable[str], metadata: Mapping[str, str]) -> bool:
 
 
 def read(content: Content, base: BaseWeights | None = None) -> Adapter:
-    tensors, tokens = bundle.split(content.tensors)
+    tensors, tokens = embedding.unbundled(content.tensors)
     if any(key.startswith("lora_te2_") for key in tensors) and any(key.startswith("lora_te3_") for key in tensors):
         raise FormatError("has three text encoders, as SD3 does; use an adapter of an SD1.x, SD2.x, SDXL or Flux.1 model")
     parts, unknown, is_flux = Parts(), [], False
@@ -57,7 +57,7 @@ def read(content: Content, base: BaseWeights | None = None) -> Adapter:
 
 def write(adapter: Adapter, dtype: torch.dtype) -> Content:
     is_flux = "transformer" in adapter.components
-    if is_flux and (adapter.family or names.guess_family({layer.name: layer.shape for layer in adapter})) != "flux":
+    if is_flux and (adapter.family or names.guess_family(adapter.shapes)) != "flux":
         first = next(name for name in adapter.layers if name.startswith("transformer."))  # SD3 and others share names with Flux.1
         raise FormatError(f"{first}: {id} names are Flux.1's, and nothing says that this adapter is for it; write format 'diffusers'")
     originals = flux.original(adapter)

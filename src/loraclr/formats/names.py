@@ -8,9 +8,10 @@ reading the longest word first leads back to the one path that exists, which tes
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 COMPONENTS = ("unet", "transformer", "text_encoder", "text_encoder_2")
-FAMILIES = ("sd1", "sd2", "sdxl", "flux")
+READ = {768: "sd1", 1024: "sd2", 2048: "sdxl"}  # what the cross-attention of a UNet reads -> family
 
 # The first attribute of a path tells what kind of component it is in, for files that do not say.
 ROOTS = {
@@ -102,13 +103,13 @@ def kernel(name: str) -> tuple[int, ...]:
     return (3, 3) if component == "unet" and path.rpartition(".")[2] in _THREE_BY_THREE else ()
 
 
-def guess_family(widths: dict[str, tuple[int, ...]]) -> str | None:
+def guess_family(shapes: Mapping[str, tuple[int, ...]]) -> str | None:
     """`sd1`, `sd2`, `sdxl` or `flux` from the shapes of layers by name: what cross-attention reads, or Flux.1's own kind of block."""
-    single = [name for name in widths if name.startswith("transformer.single_transformer_blocks.")]
+    single = [name for name in shapes if name.startswith("transformer.single_transformer_blocks.")]
     if single and not any("qkv" in name for name in single):
         return "flux"
-    known = {768: "sd1", 1024: "sd2", 2048: "sdxl"}
-    for name, shape in widths.items():
-        if name.startswith("unet.") and name.endswith((".attn2.to_k", ".attn2.to_v")) and math.prod(shape[1:]) in known:
-            return known[math.prod(shape[1:])]
-    return "sdxl" if any(name.startswith("text_encoder_2.") and not is_t5(name) for name in widths) else None
+    for name, shape in shapes.items():
+        if name.startswith("unet.") and name.endswith((".attn2.to_k", ".attn2.to_v")) and math.prod(shape[1:]) in READ:
+            return READ[math.prod(shape[1:])]
+    second = any(name.startswith("text_encoder_2.") and not is_t5(name) for name in shapes)  # SD3 has one, too
+    return "sdxl" if second and not any(name.startswith(("transformer.", "text_encoder_3.")) for name in shapes) else None

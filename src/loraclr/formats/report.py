@@ -77,7 +77,7 @@ def _warnings(adapter: Adapter, low: list[LoraLayer], format: str) -> list[str]:
             "its header says split_qkv: the stored rank is three or four times the trained one at the same alpha, so every tool applies "
             "it at a third or a quarter of the strength it was trained at; give it a larger weight if it is too weak"
         )
-    shown = names.guess_family({layer.name: layer.shape for layer in adapter})
+    shown = names.guess_family(adapter.shapes)
     if shown and adapter.family and shown != adapter.family:
         notes.append(f"its header says {adapter.family}, its layers are those of {shown} models")
     silent = [layer.name for layer in low if layer.scale == 0 or not layer.up.any() or not layer.down.any()]

@@ -1,19 +1,21 @@
-"""The one-file checkpoints of SD1.x, SD2.x and SDXL: where each tensor of a diffusers pipeline stands in the original layout.
+"""The one-file checkpoints of SD1.x, SD2.x, SDXL and Flux.1: where each tensor of a diffusers pipeline stands in the original layout.
 
 `model.diffusion_model.` is the UNet, `first_stage_model.` the autoencoder; the text encoders are `cond_stage_model.` or, of SDXL,
 `conditioner.embedders.0.` and `.1.`. A CLIP of OpenCLIP's code (the one of SD2.x, the second of SDXL) has queries, keys and values in
-one matrix. Pure dictionary work; that diffusers reads the outcome as the same model is what the tests show.
+one matrix. Of Flux.1 it is the transformer alone. Pure dictionary work; that diffusers reads the outcome as the same model is what the
+tests show.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
 
 from loraclr.errors import FormatError
+from loraclr.formats import flux
 
 State = Mapping[str, Tensor]  # path in the module -> tensor
 
@@ -50,19 +52,22 @@ _OPEN_CLIP_OUTER = {
 _VAE_ATTENTION = {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out"}
 
 
-def checkpoint(parts: Mapping[str, State], *, family: str, layers: int) -> dict[str, Tensor]:
+def checkpoint(parts: Mapping[str, State], *, family: str | None, layers: int = 2) -> dict[str, Tensor]:
     """The tensors of a whole checkpoint. `parts` are `unet`, `vae`, `text_encoder` and, of SDXL, `text_encoder_2`, as diffusers and
-    transformers name them; `family` is `sd1`, `sd2` or `sdxl`; `layers` the UNet's layers per block, 2 in all of these.
+    transformers name them, or Flux.1's `transformer`; `family` is `sd1`, `sd2`, `sdxl` or `flux`; `layers` a UNet's layers per block.
 
     Raises FormatError for other families and for a tensor without a place.
     """
+    if family == "flux":
+        return {f"model.diffusion_model.{path}": tensor for path, tensor in flux.to_original(parts["transformer"]).items()}
     if family not in ("sd1", "sd2", "sdxl"):
-        raise FormatError(f"checkpoints of one file are written for SD1.x, SD2.x and SDXL, not for {family}; write a fused folder")
+        seen = family or "this pipeline"
+        raise FormatError(f"checkpoints of one file are written for SD1.x, SD2.x, SDXL and Flux.1, not for {seen}; write a fused folder")
     attentions = {match[0] for path in parts["unet"] if (match := re.match(r"up_blocks\.\d+\.attentions", path))}
-    levels = 1 + max((int(match[1]) for path in parts["vae"] if (match := re.match(r"decoder\.up_blocks\.(\d+)\.", path))), default=0)
     found = {f"model.diffusion_model.{_unet(path, layers, attentions)}": tensor for path, tensor in parts["unet"].items()}
+    places = vae_paths(parts["vae"])
     for path, tensor in parts["vae"].items():
-        name = _vae(path, levels)
+        name = places[path]
         square = name.partition(".attn_1.")[2].endswith("weight") and tensor.ndim == 2
         found[f"first_stage_model.{name}"] = tensor[:, :, None, None] if square else tensor
     first = {"sd1": "cond_stage_model.transformer", "sd2": "cond_stage_model.model", "sdxl": "conditioner.embedders.0.transformer"}[family]
@@ -74,6 +79,13 @@ def checkpoint(parts: Mapping[str, State], *, family: str, layers: int) -> dict[
         named = open_clip(plain) if prefix.endswith(".model") else {f"text_model.{path}": tensor for path, tensor in plain.items()}
         found |= {f"{prefix}.{path}": tensor for path, tensor in named.items()}
     return found
+
+
+def vae_paths(paths: Iterable[str]) -> dict[str, str]:
+    """Path of every tensor of diffusers' autoencoder -> the original one."""
+    paths = list(paths)
+    levels = 1 + max((int(match[1]) for path in paths if (match := re.match(r"decoder\.up_blocks\.(\d+)\.", path))), default=0)
+    return {path: _vae(path, levels) for path in paths}
 
 
 def open_clip(state: State) -> dict[str, Tensor]:

@@ -52,6 +52,14 @@ class CrossTalk:
         """(N, N): |after| * before, how loud k still is on concept i in the merge; the strength on the diagonal."""
         return self.after.abs() * self.before
 
+    def tables(self) -> dict[str, list[list[float]]]:
+        """`before` and `after`, row by row."""
+        return {"before": self.before.tolist(), "after": self.after.tolist()}
+
+    def report(self) -> dict[str, object]:
+        """All of it, for a receipt."""
+        return {**self.summary(), "concepts": self.concepts, "tables": self.tables()}
+
     def summary(self) -> dict[str, float]:
         """Means: `strength` over the diagonal of `after`, `before` and `after` over what others are heard of `before` and `heard`."""
         off = ~torch.eye(len(self.concepts), dtype=torch.bool)

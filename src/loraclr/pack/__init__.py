@@ -58,16 +58,18 @@ class Pack:
         calls: Mapping[str, str] | None = None,
         collection: Collection | None = None,
         progress: Tell | None = None,
+        scratch: str | Path | None = None,
     ) -> Pack:
         """A new pack of adapters (or their files) of one base, whole or not at all.
 
         It is made under a hidden name beside `path`; killed, the same call goes on with what is missing. `calls` gives the words that
-        call an adapter, by its name. `progress` is told a phase and its share done, 0..1. Raises UsageError where `path` exists and is
+        call an adapter, by its name. `progress` is told a phase and its share done, 0..1. `scratch` is a folder for statistics that do not
+        fit into memory, the pack's own without it. Raises UsageError where `path` exists and is
         not this very pack, MergeError for adapters that do not fit each other or the base.
         """
         path, settings = Path(path), dataclasses.replace(collection or Collection(), sample=0)
         with disk.reserved(path):
-            gather, new = Gather(base, settings, progress), additions(adapters, base, calls or {})
+            gather, new = Gather(base, settings, progress, scratch), additions(adapters, base, calls or {})
             mine = {one.name: one.fingerprint for one in new}
             if path.exists():
                 made = Pack.open(path)
@@ -118,13 +120,14 @@ class Pack:
         base: Pipeline,
         calls: Mapping[str, str] | None = None,
         progress: Tell | None = None,
+        scratch: str | Path | None = None,
     ) -> Pack:
         """The pack with these adapters, too, each appearing whole. Files that are there stay as they are to the last byte.
 
         Where a new adapter changes a layer that no other did, the others are run once more for that layer, into a file of its own. Killed,
         the same call goes on. Raises MergeError on another base.
         """
-        gather, new = Gather(base, self.collection, progress), additions(adapters, base, calls or {})
+        gather, new = Gather(base, self.collection, progress, scratch), additions(adapters, base, calls or {})
         with disk.folder(self.path):
             now = Pack.open(self.path)
             held = {name: now.held(name).about["fingerprint"] for name in now.concepts}

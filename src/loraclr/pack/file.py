@@ -18,16 +18,16 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from loraclr import disk
+from loraclr import disk, linalg
 from loraclr.adapter import Adapter, DenseLayer, Layer, LoraLayer
 from loraclr.collect import Concept
 from loraclr.errors import FormatError
 from loraclr.formats.base import FLOATS
 from loraclr.formats.files import about as named
-from loraclr.statistics import SKETCH, WIDEST, Moments
+from loraclr.statistics import SKETCH, WIDEST, HalfMoments, Moments
 
 MARK = "loraclr.pack"
-VERSION = 1
+VERSION = 2
 KINDS = ("fit", "held_out", "preserve")
 # What every file says of itself. Of a file with more layers of a concept `adapter` is None, of prompts without any `concept`, too.
 HELD = ("base", "collection", "versions", "concept", "fingerprint", "call", "input", "texts", "adapter", "layers", "moments")
@@ -56,8 +56,8 @@ class PackFile:
             try:
                 with safe_open(path, "pt") as file:
                     about = json.loads((file.metadata() or {})[MARK])
-                if about["version"] > VERSION:
-                    raise FormatError(f"is of a later version of packs, {about['version']}; update loraclr")
+                if about["version"] != VERSION:
+                    raise FormatError(f"is of version {about['version']} of packs, and this loraclr makes {VERSION}; make the pack anew")
                 self.about: dict[str, Any] = {key: about[key] for key in HELD}
                 self._moments: dict[str, dict[str, list[int]]] = {kind: about["moments"][kind] for kind in KINDS}
             except (KeyError, TypeError, ValueError, RecursionError) as error:
@@ -90,10 +90,10 @@ class PackFile:
         tensor = self._tensor(f"moments/{number}")
         few = tensor.ndim == 2
         sketched = few and width > WIDEST and count > SKETCH
-        expected = (SKETCH if sketched else count, width) if few else (width * (width + 1) // 2,)
+        expected = (SKETCH if sketched else count, width) if few else (linalg.half_size(width),)
         if tuple(tensor.shape) != expected or tensor.dtype != torch.float64 or not bool(torch.isfinite(tensor).all()):
             raise FormatError(f"{self.path}: the statistics of {layer} are damaged; remove this concept and add it again")
-        return Moments(width, count, tensor, None, sketched) if few else Moments(width, count, None, _whole(tensor, width))
+        return Moments(width, count, tensor, None, sketched) if few else HalfMoments(width, count, tensor)
 
     def restored(self) -> Concept:
         """The concept: its adapter, to the last bit as it was added, and its call."""
@@ -153,12 +153,11 @@ def moments_entries(found: Mapping[str, Mapping[str, Moments]]) -> tuple[dict[st
     table: dict[str, dict[str, list[int]]] = {kind: {} for kind in KINDS}
     for kind in KINDS:
         for layer, moments in sorted(found.get(kind, {}).items()):
-            tensor = moments.gram() if moments.rows is None else moments.rows
+            tensor = moments.half() if moments.rows is None else moments.rows
             key = moments.width, hashlib.sha256(_bytes(tensor)).hexdigest()
             if key not in numbers:
                 numbers[key] = len(numbers)
-                half = moments.width * (moments.width + 1) // 2
-                entry = Entry.of(tensor) if moments.rows is not None else Entry(tensor.dtype, (half,), partial(_half, moments))
+                entry = Entry.of(tensor) if moments.rows is not None else Entry(tensor.dtype, tuple(tensor.shape), moments.half)
                 entries[f"moments/{numbers[key]}"] = entry
             table[kind][layer] = [numbers[key], moments.width, moments.count]
     return table, entries
@@ -203,16 +202,3 @@ def _change(layer: Layer) -> Tensor:
 
 def _bytes(tensor: Tensor) -> memoryview:
     return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
-
-
-def _half(moments: Moments) -> Tensor:
-    """The lower triangle of X^T X, row by row."""
-    square = moments.gram()
-    return square[torch.ones_like(square, dtype=torch.bool).tril_()]
-
-
-def _whole(half: Tensor, width: int) -> Tensor:
-    """The symmetric matrix of its `_half`."""
-    square = half.new_zeros(width, width)
-    square[torch.ones_like(square, dtype=torch.bool).tril_()] = half
-    return square + square.tril(-1).T

@@ -86,8 +86,15 @@ def settings_of(held: PackFile) -> Collection:
 class Gather:
     """One base and one choice of what is collected, for any number of concepts."""
 
-    def __init__(self, base: Pipeline, settings: Collection, progress: Callable[[str, float], None] | None = None) -> None:
-        self.base, self.settings, self.progress = base, settings, progress
+    def __init__(
+        self,
+        base: Pipeline,
+        settings: Collection,
+        progress: Callable[[str, float], None] | None = None,
+        scratch: str | Path | None = None,
+    ) -> None:
+        """What does not fit into memory waits in the folder `scratch`, or without it in the pack's."""
+        self.base, self.settings, self.progress, self.scratch = base, settings, progress, scratch
         self.ground = {"source": base.source, "sha256": fingerprint(base)}
 
     def check(self, folder: Path, files: Sequence[PackFile]) -> None:
@@ -119,7 +126,7 @@ class Gather:
         for done, (name, layers) in enumerate(jobs):
             self._tell(f"collecting: {name or PRESERVATION}", done / len(jobs))
             concept = None if name is None else concepts[name]
-            with Scratch(folder) as room:
+            with Scratch(folder if self.scratch is None else self.scratch) as room:
                 about, entries = self._collected(concept, layers, room)
                 if name in extra:
                     about |= {"call": extra[name].concept.call, "input": extra[name].input, "adapter": extra[name].adapter}

@@ -21,11 +21,10 @@ from loraclr.train.data import Examples, Shot, digest, read_folder
 from loraclr.train.orthogonal import Orthogonal, warn_of_shared_rows
 from loraclr.train.recipe import Recipe, Words
 from loraclr.train.recipes import make_recipe
-from loraclr.train.student import Student, is_sdxl, keys_and_values
+from loraclr.train.student import Student, keys_and_values
 from loraclr.train.work import WorkFolder
 
 SAMPLES = 4  # pictures per sample sheet, seeds 0 to 3
-_FAMILIES = {768: "sd1", 1024: "sd2"}  # by the width of the text the UNet takes
 
 
 def train(
@@ -60,7 +59,7 @@ def train(
     recipe = make_recipe(recipe) if isinstance(recipe, str) else recipe
     tell = progress or (lambda what, share: None)
     versions = _versions()
-    if not (recipe.for_sdxl and is_sdxl(base)):
+    if not (recipe.for_sdxl and base.family == "sdxl"):
         base.check_plain(f"training by recipe {recipe.name!r}")
     folder, class_folder = Path(pictures), None if class_pictures is None else Path(class_pictures)
     words, shots, class_shots = _checked(folder, class_folder, base, recipe, trigger, class_word, templates, beside, work, checkpoint_every)
@@ -122,7 +121,7 @@ def train(
         name=name or trigger.strip("<>"),
         tokens=tokens,
         triggers=(words.call,),
-        family="sdxl" if is_sdxl(base) else _FAMILIES.get(int(base.pipe.unet.config.cross_attention_dim)),
+        family=base.family,
         metadata={"loraclr.training": json.dumps(about, sort_keys=True)},
     )
 

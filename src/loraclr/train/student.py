@@ -37,12 +37,6 @@ def keys_and_values(pipeline: Pipeline) -> list[str]:
     return [name for name in pipeline.modules if pipeline.cross_attention_index(name) is not None]
 
 
-def is_sdxl(pipeline: Pipeline) -> bool:
-    """Two CLIP text encoders, and a UNet that is also told their pooled states and the picture's size."""
-    unet = getattr(pipeline.pipe, "unet", None)
-    return len(_text_encoders(pipeline.pipe)) == 2 and getattr(unet.config if unet else None, "addition_embed_type", None) == "text_time"
-
-
 class Learned(nn.Module):
     """A frozen embedding table of which some rows are trained beside it."""
 
@@ -184,7 +178,7 @@ class Student:
 
     def conditions(self, prompts: Sequence[str], *, pad: bool, size: tuple[int, int]) -> tuple[Tensor, dict[str, Tensor] | None]:
         """States as `states` gives them, and what else the UNet is told: of SDXL, which always pads, pooled states and `size` in pixels."""
-        if not is_sdxl(self.pipeline):
+        if self.pipeline.family != "sdxl":
             return self.states(prompts, pad=pad), None
         with silenced():
             states, _, pooled, _ = self.pipeline.pipe.encode_prompt(list(prompts), device=self.device, do_classifier_free_guidance=False)
