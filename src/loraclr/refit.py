@@ -102,7 +102,7 @@ def _run(
     for portion in portions(pipeline, prompts, copies=2):
         said, seeds = [prompts[index] for index in portion], [settings.seed + latents + index for index in portion]
         with ExitStack() as stack:
-            stack.enter_context(_one_latent(pipeline.unet))
+            stack.enter_context(one_latent(pipeline.unet))
             stack.enter_context(side_by_side(pipeline.modules, [(own, weight), (merged, 1.0)]))
             stack.enter_context(pipeline.captured(names, sums.add))
             pipeline.run(said * 2, seeds=seeds * 2, steps=settings.steps, half=settings.precision == "bfloat16")
@@ -110,7 +110,7 @@ def _run(
 
 
 @contextmanager
-def _one_latent(denoiser: nn.Module) -> Iterator[None]:
+def one_latent(denoiser: nn.Module) -> Iterator[None]:
     """Inside, the second half of every batch starts from the first half's latents."""
 
     def copy(module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:

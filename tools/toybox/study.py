@@ -4,8 +4,8 @@ Every row merges the twelve development adapters from their files with other set
 template with the merge's) and prints identity, right person of 12 and prompt agreement. `only STAGE` rows take the default's merge for
 one stage and each concept's own adapter for the others: what that stage alone costs; `pack` rows are built from a pack. Finished rows
 are kept in OUT.json and skipped. `only attn1.to_q` and the like take one kind of layer of the spatial stage.
-`--split test` is for reporting what was chosen, once. `against_single` is the paired difference to each adapter alone; intervals draw
-concepts and prompts anew.
+`--split test` is for reporting what was chosen, once. `error` is how far the merge's predictions are from the adapters' own
+(fidelity.py). `against_single` is the paired difference to each adapter alone; intervals draw concepts and prompts anew.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from typing import Annotated, Any
 
 import torch
 from attended import attended
+from fidelity import errors
 from measure import concept_pictures, concept_scores, factors, row
 from world import identities
 
@@ -206,6 +207,8 @@ def run(base: Path, judge: Path, loras: Path, split: str, name: str, rounds: int
         whole = setting.merged == STAGES
         adapter = louder(merged.adapter, setting.gain)
         used = {name: adapter if whole else hybrid(adapter, own, setting) for name, own in adapters.items()}
+    error = errors(pipeline, adapters, used)
+    notes["error"] = round(sum(error.values()) / len(error), 4)
     scores = concept_scores(Judge.load(judge), concept_pictures(pipeline, calls, used, rounds=rounds), people)
     return {**row(scores, len(calls)), **notes, "pictures": [round(value, 1) for value in scores.identity.tolist()]}
 
