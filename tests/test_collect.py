@@ -362,7 +362,8 @@ def test_low_rank_changes_act_beside_the_weights_as_whole_ones_do_in_them(pipeli
 
 def test_texts_of_all_concepts_are_encoded_together_for_keys(pipeline, concepts, monkeypatch):
     """Also across the border of what is encoded ahead; each concept's statistics are those of its texts alone."""
-    plain = [concepts[0], concepts[2]]
+    words = concepts[0].call.split()
+    plain = [concepts[0], dataclasses.replace(concepts[2], call=" ".join(reversed(words)))]  # texts as long as the other's
     settings = dataclasses.replace(SMALL, padded=False)
     alone = {concept.name: collect(pipeline, [concept], KEYS, settings=settings)[KEYS[0]] for concept in plain}
     passes = []
@@ -379,4 +380,4 @@ def test_texts_of_all_concepts_are_encoded_together_for_keys(pipeline, concepts,
             assert_moments_equal(found.preserve, one.preserve)
     handle.remove()
     lengths = {pipeline.token_count(text) for c in plain for text in (*prompts((*SMALL.fit, *SMALL.held_out), c.call), *SMALL.preserve)}
-    assert counts[1000] == len(lengths) < counts[4] < counts[1]
+    assert counts[1000] == len(lengths) < counts[4] <= counts[1]

@@ -26,7 +26,7 @@ KEYS = tuple(
 )
 TEXT = ("text_encoder.encoder.layers.1.self_attn.q_proj",)
 LAYERS = (*TEXT, *KEYS, "unet.down_blocks.2.attentions.1.transformer_blocks.0.attn1.to_q")
-TINY = Collection(fit=("a {}",), held_out=("{} at night",), preserve=("",), steps=1, sample=0, spatial=1)
+TINY = Collection(fit=("a {}",), held_out=("{} at night",), preserve=("",), steps=1, sample=4, spatial=1)
 SINGLE = {"dtype": torch.float32}
 
 

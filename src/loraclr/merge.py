@@ -261,7 +261,7 @@ def merge(
         def problem_of(layer: str, seen: Mapping[str, LayerStats] = seen, siblings: Siblings = siblings) -> LayerProblem:
             return dataclasses.replace(_problem(layer, shapes, concepts, base, seen.get(layer), seed), siblings=siblings)
 
-        problems = map(problem_of, _together(names, seen))
+        problems = map(problem_of, _together(names, seen) if collecting else names)  # what is given may be on disk
         pairs: Iterable[tuple[LayerProblem, LayerSolution]] = (
             (problem, solved[problem.layer] if isinstance(solver, AdapterMethod) else solver.solve(problem)) for problem in problems
         )
