@@ -1,4 +1,4 @@
-"""What the paper claims, what is found here, and whether that is the same: by rules that were written before the numbers."""
+"""What the paper claims, what is found here, and whether that is the same, by rule."""
 
 from __future__ import annotations
 
@@ -60,8 +60,10 @@ def highest(measure: str) -> Callable[[Evidence], Found]:
     def check(evidence: Evidence) -> Found:
         others = [name for name in evidence.table if name in TABLE and TABLE[name].paper and name != PAPER]
         best = max(others, key=lambda name: evidence.merged(name, measure))
-        ours, theirs = evidence.merged(PAPER, measure), evidence.merged(best, measure)
-        return f"{number(ours)}; {best} {number(theirs)}", says(ours > theirs)
+        apart = difference(evidence.table[PAPER], evidence.table[best], measure)
+        means = f"{number(evidence.merged(PAPER, measure))}; {best} {number(evidence.merged(best, measure))}"
+        told = f"{means}, apart {spread(apart, signed=True)}"
+        return told, YES if apart.low > 0 else NO if apart.high < 0 else OPEN
 
     return check
 

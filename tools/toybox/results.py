@@ -396,6 +396,10 @@ def main() -> None:
     else:
         entries = FIGURES[arguments.figure](open_toybox().names(SPLIT)) if arguments.figure else TABLE
         wanted = {name: one for name, one in entries.items() if name.startswith(tuple(arguments.entries) or "")}
+        for name in [name for name, one in wanted.items() if not has_adapters(arguments.loras, one)]:
+            print(
+                f"{name}: left out, {arguments.loras / wanted.pop(name).recipe / SPLIT} has no adapters; adapters.py makes them", flush=True
+            )
         work, jobs, order = draw_row, rows(wanted), list(rows(entries))
     with ProcessPoolExecutor(arguments.workers) as pool:
         common = (work, arguments.loras, arguments.work, arguments.seeds)
@@ -405,6 +409,10 @@ def main() -> None:
             known[label] = row
             save(arguments.out, {name: known[name] for name in order if name in known})
             print(f"{label:40} {json.dumps(summary(row))}", flush=True)
+
+
+def has_adapters(loras: Path, entry: Entry) -> bool:
+    return entry.recipe == "wild" or (loras / entry.recipe / SPLIT).is_dir()
 
 
 def summary(row: Mapping[str, Any]) -> object:
