@@ -57,6 +57,7 @@ results: .venv/dev.stamp
 results-full: .venv/dev.stamp
 	$(RESULTS) $(EVIDENCE)/table1.json
 	$(RESULTS) $(EVIDENCE)/scenes.json --figure scenes --seeds 1
+	$(RESULTS) $(EVIDENCE)/mixture.json --figure mixture --seeds 1
 	$(RESULTS) $(EVIDENCE)/counts.json --figure counts --seeds 1
 	$(RESULTS) $(EVIDENCE)/margins.json --figure margins --seeds 1
 	test -f $(EVIDENCE)/inputs.json || $(MAKE) -C tools/toybox sweep

@@ -133,3 +133,47 @@ def test_a_scene_is_read_box_by_box(tmp_path):
     table = scenes.read(box.judge, box, chosen, image)
     swapped = scenes.read(box.judge, box, chosen[::-1], image)
     assert table.shape == (2, 2) and (swapped == table.flip(1)).all()  # boxes are rows, people are columns
+
+
+def test_the_page_has_a_place_for_every_table_and_figure():
+    import report
+
+    page = (TOOLS.parents[1] / "docs" / "results.md").read_text()
+    for name in ("table1", "controls", "paper", "claims", *report.FIGURES):
+        assert page.count(f"<!-- {name} -->") == page.count(f"<!-- end of {name} -->") == 1, name
+
+
+def test_entries_without_adapters_are_left_out(tmp_path):
+    import results
+
+    (tmp_path / "edlora" / "test").mkdir(parents=True)
+    there = [name for name, entry in results.TABLE.items() if results.has_adapters(tmp_path, entry)]
+    assert {results.TABLE[name].recipe for name in there} == {"edlora", "wild"} and len(there) < len(results.TABLE)
+
+
+def test_a_merge_errs_not_at_all_as_itself_and_wholly_as_nothing(tiny_pipe):
+    import fidelity
+    from concepts import three
+
+    from loraclr.adapter import Adapter
+    from loraclr.pipeline import Pipeline
+
+    pipeline = Pipeline(tiny_pipe())
+    adapters = {adapter.name: adapter for adapter in three(pipeline)[:1]}
+    (name,) = adapters
+    assert fidelity.errors(pipeline, adapters, adapters) == {name: pytest.approx(0, abs=1e-6)}
+    assert fidelity.errors(pipeline, adapters, {name: Adapter({}, name="nothing")}) == {name: pytest.approx(1, rel=1e-4)}
+
+
+def test_rows_weigh_what_their_cells_are_attended_to():
+    import attended
+    import torch
+
+    seen = {}
+    weights = torch.ones(1, attended.SIDE, attended.SIDE)
+    weights[0, 0, 0] = 4.0
+    weigher = attended.Weigher(seen.__setitem__, weights)
+    rows = torch.ones(attended.SIDE**2, 2)
+    weigher.add("q", rows)
+    weigher.add("k", rows)
+    assert seen["q"] is seen["k"] and seen["q"][0].tolist() == [2, 2] and bool((seen["q"][1:] == 1).all())

@@ -396,14 +396,13 @@ def main() -> None:
     else:
         entries = FIGURES[arguments.figure](open_toybox().names(SPLIT)) if arguments.figure else TABLE
         wanted = {name: one for name, one in entries.items() if name.startswith(tuple(arguments.entries) or "")}
-        for name in [name for name, one in wanted.items() if not has_adapters(arguments.loras, one)]:
-            print(
-                f"{name}: left out, {arguments.loras / wanted.pop(name).recipe / SPLIT} has no adapters; adapters.py makes them", flush=True
-            )
         work, jobs, order = draw_row, rows(wanted), list(rows(entries))
+    lacking = {label: entry.recipe for label, (_, entry) in jobs.items() if entry and not has_adapters(arguments.loras, entry)}
+    for label, recipe in lacking.items():
+        print(f"{label}: left out, {arguments.loras / recipe / SPLIT} has no adapters; adapters.py makes them", flush=True)
     with ProcessPoolExecutor(arguments.workers) as pool:
         common = (work, arguments.loras, arguments.work, arguments.seeds)
-        running = {pool.submit(*common, label, *job): label for label, job in jobs.items() if label not in known}
+        running = {pool.submit(*common, label, *job): label for label, job in jobs.items() if label not in known and label not in lacking}
         for done in as_completed(running):
             label, row = running[done], done.result()
             known[label] = row
