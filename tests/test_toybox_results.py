@@ -45,11 +45,35 @@ def test_subsets_are_nested_and_differ_between_orders():
 
     names = [f"n{k}" for k in range(12)]
     entries = results.counts(names)
-    for order in range(3):
-        sets = [entries[f"{count} concepts, order {order}, loraclr"].names for count in (2, 5, 8, 12)]
+    for number, order in enumerate(results.orders(names)):
+        sets = [*(entries[f"{count} concepts, order {number}, loraclr"].names for count in (2, 5, 8)), tuple(order)]
         assert [len(one) for one in sets] == [2, 5, 8, 12] and set(sets[-1]) == set(names)
         assert all(later[: len(earlier)] == earlier for earlier, later in itertools.pairwise(sets))
-    assert len({entries[f"2 concepts, order {order}, loraclr"].names for order in range(3)}) == 3
+    assert len({entries[f"2 concepts, order {number}, loraclr"].names for number in range(3)}) == 3
+
+
+def test_all_twelve_of_the_counts_are_rows_of_the_table():
+    import report
+    import results
+
+    assert all(results.TABLE[name].method == method and results.TABLE[name].recipe == "edlora" for method, name in results.WHOLE.items())
+    concepts = ("a", "b", "c")
+    pair = results.orders(concepts)[0][:2]
+    alone = row("alone", [1.0] * 6, concepts=concepts)
+    table = {"alone, edlora": alone, "loraclr (ours)": row("merged", [0.4] * 6, concepts=concepts)}
+    known = {"alone, edlora": alone, "2 concepts, order 0, loraclr": row("merged", [0.9] * 4, concepts=pair)}
+    *_, two, three = report.counts(known, table).splitlines()
+    assert two == "| 2 | loraclr | -0.100 | -0.100 | -0.100 | -0.100 | -0.100 |" and three.startswith("| 3 | loraclr | -0.600 |")
+
+
+def test_contrast_is_drawn_once_where_it_does_nothing():
+    import claims
+    import results
+
+    entries = results.margins([f"n{k}" for k in range(12)])
+    assert sum(not entry.parameters["penalty"] for entry in entries.values()) == 2 and len(entries) == 22
+    assert all(entry.parameters.get("margin", 1) for entry in entries.values())
+    assert claims.USUAL in entries
 
 
 def test_a_difference_is_of_the_same_pictures():

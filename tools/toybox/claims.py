@@ -13,6 +13,7 @@ from loraclr.evaluate import Estimate
 
 YES, NO, OPEN, OUT = "reproduced", "**not reproduced**", "undecided", "not testable here"
 PAPER, FUSION, ORTHOGONAL = "LoRACLR, paper", "MoS (gradient fusion)", "Orthogonal Adaptation"
+USUAL = "12 concepts, absolute margin 0.5, lambda 0.001"  # the published setting
 ENOUGH = -0.03  # a difference of means that still counts as kept
 
 
@@ -79,19 +80,16 @@ def fast(evidence: Evidence) -> Found:
 
 
 def scales(evidence: Evidence) -> Found:
-    known = evidence.figures["counts"]
-
-    def apart(count: int) -> float:
-        rows = [row for name, row in known.items() if name.startswith(f"{count} concepts") and row["method"] == "loraclr-reference:paper"]
-        return mean(lost(row, known["alone, edlora"], "identity", row["concepts"]) for row in rows)
-
-    return f"to each alone: {apart(2):+.3f} with two, {apart(12):+.3f} with twelve", says(apart(12) >= apart(2) + ENOUGH)
+    known, twelve = evidence.figures["counts"], evidence.lost(PAPER, "identity").mean
+    rows = [row for name, row in known.items() if name.startswith("2 concepts") and row["method"] == "loraclr-reference:paper"]
+    two = mean(lost(row, known["alone, edlora"], "identity", row["concepts"]) for row in rows)
+    return f"to each alone: {two:+.3f} with two, {twelve:+.3f} with twelve", says(twelve >= two + ENOUGH)
 
 
 def margin(evidence: Evidence) -> Found:
     """Whether the published setting is as good as the best, and anything at all depends on it."""
     grid = {name: mean_of(row, "identity") for name, row in evidence.figures["margins"].items() if name.startswith("12 concepts")}
-    best, usual = max(grid, key=lambda name: grid[name].mean), grid["12 concepts, absolute margin 0.5, lambda 0.001"]
+    best, usual = max(grid, key=lambda name: grid[name].mean), grid[USUAL]
     told = f"{spread(usual)}; best {best.removeprefix('12 concepts, ')} {spread(grid[best])}"
     matters = grid[best].mean - min(one.mean for one in grid.values()) > -ENOUGH
     return told, says(matters and usual.high >= grid[best].mean)

@@ -9,13 +9,13 @@ from __future__ import annotations
 import argparse
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
 from claims import Evidence, claims
-from results import TABLE
+from results import TABLE, WHOLE, orders
 from rows import OWN, SHOWN, Known, difference, header, lost, mean_of, number, spread
 
 
@@ -61,17 +61,24 @@ def paper(known: Known) -> str:
 
 
 def counts(known: Known, table: Known) -> str:
-    """Mean difference to each adapter alone, over the orders: of all merged concepts, and of the first two of each order."""
+    """Mean difference to each adapter alone, over the orders: of all merged concepts, and of the first two of each order.
+
+    With all twelve, there is one merge whose first two are those of every order.
+    """
     lines = header("concepts", "method", "identity, all", "attributes, all", "attributes, the first two", "image, all", "text, all")
-    merged: dict[tuple[int, str], list[Mapping[str, Any]]] = {}
+    merged: dict[tuple[int, str], list[tuple[Known, Mapping[str, Any], Sequence[str]]]] = {}
     for name, row in known.items():
         if row["kind"] == "merged":
             count, _, method = name.split(", ")
-            merged.setdefault((int(count.split()[0]), method), []).append(row)
-    for (count, method), rows in sorted(merged.items()):
+            merged.setdefault((int(count.split()[0]), method), []).append((known, row, row["concepts"][:2]))
+    for method, name in WHOLE.items():
+        if name in table:
+            row = table[name]
+            merged[len(row["concepts"]), method] = [(table, row, order[:2]) for order in orders(row["concepts"])]
+    for (count, method), rows in sorted(merged.items(), key=lambda item: (item[0][0], list(WHOLE).index(item[0][1]))):
         told = []
-        for measure, part in (("identity", 12), ("attributes", 12), ("attributes", 2), ("image", 12), ("text", 12)):
-            told.append(mean([lost(row, known["alone, edlora"], measure, row["concepts"][:part]) for row in rows]))
+        for measure, first in (("identity", False), ("attributes", False), ("attributes", True), ("image", False), ("text", False)):
+            told.append(mean(lost(row, where["alone, edlora"], measure, pair if first else row["concepts"]) for where, row, pair in rows))
         lines.append(f"| {count} | {method} | {' | '.join(f'{value:+.3f}' for value in told)} |")
     return "\n".join(lines)
 

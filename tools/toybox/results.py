@@ -93,27 +93,35 @@ TABLE = {
     "svd, tuned": Entry("edlora", "svd", TUNED["svd"]),
 }
 
+# Methods that are merged with fewer concepts, too, and the row of all twelve.
+WHOLE: Mapping[str, str] = {"average": "MoS (FedAvg)", "loraclr-reference:paper": "LoRACLR, paper", "loraclr": "loraclr (ours)"}
+
+
+def orders(names: Sequence[str]) -> list[list[str]]:
+    """Three orders in which concepts are added; the first two of each are a probe that stays in all of its subsets."""
+    return [random.Random(f"order {order}").sample(list(names), len(names)) for order in range(3)]
+
 
 def counts(names: Sequence[str]) -> dict[str, Entry]:
-    """Nested random subsets: the first two of each order stay in all of them."""
+    """Nested random subsets. All twelve are rows of the table."""
     found = {}
-    for order in range(3):
-        shuffled = random.Random(f"order {order}").sample(list(names), len(names))
-        for count in (2, 5, 8, 12):
-            for method in ("average", "loraclr-reference:paper", "loraclr"):
-                found[f"{count} concepts, order {order}, {method}"] = Entry("edlora", method, names=tuple(shuffled[:count]))
+    for number, order in enumerate(orders(names)):
+        for count in (2, 5, 8):
+            for method in WHOLE:
+                found[f"{count} concepts, order {number}, {method}"] = Entry("edlora", method, names=tuple(order[:count]))
     return found
 
 
 def margins(names: Sequence[str]) -> dict[str, Entry]:
+    """Without contrast, and by margin and lambda; a margin or a lambda of 0 is no contrast."""
     found = {}
     for count in (5, 12):
-        for mode in ("absolute", "relative"):
-            for margin in (0.0, 0.25, 0.5, 1.0) if mode == "absolute" else (0.5, 1.0):
-                for penalty in (0.0, 0.001, 0.1):
-                    settings = {"margin": margin, "margin_mode": mode, "penalty": penalty, "distance": "rms"}
-                    label = f"{count} concepts, {mode} margin {margin:g}, lambda {penalty:g}"
-                    found[label] = Entry("edlora", "loraclr", settings, tuple(names[:count]))
+        chosen = tuple(names[:count])
+        found[f"{count} concepts, no contrast"] = Entry("edlora", "loraclr", {"penalty": 0.0}, chosen)
+        for mode, margin in (("absolute", 0.25), ("absolute", 0.5), ("absolute", 1.0), ("relative", 0.5), ("relative", 1.0)):
+            for penalty in (0.001, 0.1):
+                settings = {"margin": margin, "margin_mode": mode, "penalty": penalty, "distance": "rms"}
+                found[f"{count} concepts, {mode} margin {margin:g}, lambda {penalty:g}"] = Entry("edlora", "loraclr", settings, chosen)
     return found
 
 
