@@ -201,3 +201,22 @@ def test_rows_weigh_what_their_cells_are_attended_to():
     weigher.add("q", rows)
     weigher.add("k", rows)
     assert seen["q"] is seen["k"] and seen["q"][0].tolist() == [2, 2] and bool((seen["q"][1:] == 1).all())
+
+
+def test_the_example_study_asks_about_the_methods_of_the_papers(tmp_path):
+    import example_study
+    import results
+    from PIL import Image
+
+    with pytest.raises(SystemExit, match=r"no pictures of loraclr \(ours\), Orthogonal"):
+        example_study.example(tmp_path / "study", tmp_path)
+    assert not (tmp_path / "study").exists() and set(example_study.METHODS) <= set(results.TABLE)
+    from loraclr.toybox import open_toybox
+
+    for method in example_study.METHODS:
+        for name in open_toybox().names("test"):
+            folder = tmp_path / results.slug(method) / "pictures" / "row" / name
+            folder.mkdir(parents=True)
+            Image.new("RGB", (8, 8)).save(folder / "00-0.png")
+    study = example_study.example(tmp_path / "study", tmp_path)
+    assert len(study.questions) == 40 and study.methods == example_study.METHODS
