@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import itertools
 import json
 import sys
@@ -41,39 +42,40 @@ def test_every_entry_is_drawn_beside_its_adapters_alone_and_the_controls_once():
 
 
 def test_subsets_are_nested_and_differ_between_orders():
-    import results
+    import entries
 
     names = [f"n{k}" for k in range(12)]
-    entries = results.counts(names)
-    for number, order in enumerate(results.orders(names)):
-        sets = [*(entries[f"{count} concepts, order {number}, loraclr"].names for count in (2, 5, 8)), tuple(order)]
+    found = entries.counts(names)
+    for number, order in enumerate(entries.orders(names)):
+        sets = [*(found[f"{count} concepts, order {number}, loraclr"].names for count in (2, 5, 8)), tuple(order)]
         assert [len(one) for one in sets] == [2, 5, 8, 12] and set(sets[-1]) == set(names)
         assert all(later[: len(earlier)] == earlier for earlier, later in itertools.pairwise(sets))
-    assert len({entries[f"2 concepts, order {number}, loraclr"].names for number in range(3)}) == 3
+    assert len({found[f"2 concepts, order {number}, loraclr"].names for number in range(3)}) == 3
 
 
 def test_all_twelve_of_the_counts_are_rows_of_the_table():
+    import entries
     import report
-    import results
 
-    assert all(results.TABLE[name].method == method and results.TABLE[name].recipe == "edlora" for method, name in results.WHOLE.items())
+    assert all(entries.TABLE[name].method == method and entries.TABLE[name].recipe == "edlora" for method, name in entries.WHOLE.items())
     concepts = ("a", "b", "c")
-    pair = results.orders(concepts)[0][:2]
+    pair = entries.orders(concepts)[0][:2]
     alone = row("alone", [1.0] * 6, concepts=concepts)
     table = {"alone, edlora": alone, "loraclr (ours)": row("merged", [0.4] * 6, concepts=concepts)}
     known = {"alone, edlora": alone, "2 concepts, order 0, loraclr": row("merged", [0.9] * 4, concepts=pair)}
     *_, two, three = report.counts(known, table).splitlines()
-    assert two == "| 2 | loraclr | -0.100 | -0.100 | -0.100 | -0.100 | -0.100 |" and three.startswith("| 3 | loraclr | -0.600 |")
+    assert two.startswith("| 2 | loraclr | -.100 (-.100 to -.100) |") and three.startswith("| 3 | loraclr | -.600 (-.600 to -.600) |")
+    assert two.count("-.100 (") == three.count("-.600 (") == 6
 
 
 def test_contrast_is_drawn_once_where_it_does_nothing():
     import claims
-    import results
+    import entries
 
-    entries = results.margins([f"n{k}" for k in range(12)])
-    assert sum(not entry.parameters["penalty"] for entry in entries.values()) == 2 and len(entries) == 22
-    assert all(entry.parameters.get("margin", 1) for entry in entries.values())
-    assert claims.USUAL in entries
+    found = entries.margins([f"n{k}" for k in range(12)])
+    assert sum(not entry.parameters["penalty"] for entry in found.values()) == 2 and len(found) == 22
+    assert all(entry.parameters.get("margin", 1) for entry in found.values())
+    assert {claims.USUAL, claims.NO_CONTRAST} <= set(found)
 
 
 def test_a_difference_is_of_the_same_pictures():
@@ -126,15 +128,17 @@ def test_tables_are_written_between_their_marks_and_nowhere_else(tmp_path, monke
     recipe = results.TABLE[name].recipe
     known = {
         f"alone, {recipe}": row("alone", [1, 1, 1, 1], recipe=recipe),
-        name: row("merged", [1, 0, 1, 1], recipe=recipe, merge_seconds=2),
+        name: row("merged", [1, 0, 1, 1], recipe=recipe, merge_seconds=2, drawing_seconds=8),
     }
     (tmp_path / "table1.json").write_text(json.dumps(known))
     page = tmp_path / "results.md"
-    page.write_text("".join(f"<!-- {mark} -->\nold\n<!-- end of {mark} -->\nkept\n" for mark in ("table1", "controls", "paper", "claims")))
+    page.write_text(
+        "".join(f"<!-- {mark} -->\nold\n<!-- end of {mark} -->\nkept\n" for mark in ("table1", "controls", "paper", "memory", "claims"))
+    )
     monkeypatch.setattr(sys, "argv", ["report.py", str(tmp_path), str(page)])
     report.main()
     text = page.read_text()
-    assert "old" not in text and text.count("kept\n") == 4 and f"| {name} | {recipe} | 1.000, .750 | -.250 (" in text
+    assert "old" not in text and text.count("kept\n") == 5 and f"| {name} | {recipe} | 1.000, .750 | -.250 (" in text
     assert "is not drawn yet | open |" in text and "| people prefer it: 3.42 against 2.41 | Table 2 |" in text
     page.write_text("nothing to write to\n")
     with pytest.raises(SystemExit, match="table1"):
@@ -151,28 +155,176 @@ def test_a_scene_is_read_box_by_box(tmp_path):
     cast = scenes.Cast(box, box.names("test"))
     assert cast.call(cast.names[0]).startswith("a") and cast.names[0] not in cast.call(cast.names[0])
     (row,) = scenes.rows(box.load(), cast, [2], 2, tmp_path)
-    assert row["people"] == 2 and len(row["each"]) == 2 and 0 <= row["all present"] <= row["present"] <= row["present anywhere"] <= 1
+    assert row["people"] == 2 and [len(one) for one in row["faces"]] == [len(one) for one in row["attributes"]] == [2, 2]
+    assert 0 <= row["all present"] <= row["present"] <= row["present anywhere"] <= 1
+    assert row["present"] == sum(face >= row["limit"] for one in row["faces"] for face in one) / 4
     assert len(list(tmp_path.iterdir())) == 2
     chosen, image = scenes.draw(box.load(), cast, 2, 0)
-    table = scenes.read(box.judge, box, chosen, image)
-    swapped = scenes.read(box.judge, box, chosen[::-1], image)
-    assert table.shape == (2, 2) and (swapped == table.flip(1)).all()  # boxes are rows, people are columns
+    for table, swapped in zip(scenes.read(box, chosen, image), scenes.read(box, chosen[::-1], image), strict=True):
+        assert table.shape == (2, 2) and (swapped == table.flip(1)).all()  # boxes are rows, people are columns
+
+
+def test_two_of_a_kind_are_of_one_class():
+    import dataclasses
+
+    import scenes
+
+    from loraclr.toybox import open_toybox
+
+    box = open_toybox()
+    anyone = scenes.Cast(box, box.names("test"))
+    alike = dataclasses.replace(anyone, alike=True)
+    nouns = [[{box.concepts[name].noun for name in scenes.people(cast, 2, k)} for k in range(8)] for cast in (anyone, alike)]
+    assert all(len(one) == 1 for one in nouns[1]) and any(len(one) == 2 for one in nouns[0])
+
+
+def scene_row(*faces, alike=False):
+    """One scene of two people for each pair of closenesses."""
+    told = {"people": 2, "alike": alike, "limit": 0.5, "faces": [list(pair) for pair in faces]}
+    return told | {"present": 0.5, "all present": 0.0, "taken for another": 0.0, "attributes": told["faces"], "seconds": 1.0}
+
+
+def test_claims_about_scenes_compare_the_same_scenes():
+    import claims
+
+    ours = {"rows": [scene_row(*[(0.9, 0.9)] * 4), scene_row((0.1, 0.1), (0.1, 0.1), alike=True)]}
+    theirs = {"rows": [scene_row(*[(0.9, 0.1)] * 4), scene_row((0.9, 0.9), (0.9, 0.9), alike=True)]}
+    known = {f"{name}, regions": theirs for name in (claims.ORTHOGONAL, claims.FUSION, "P+")}
+    known |= {f"{claims.PAPER}, regions": ours, "OMG, own adapters": theirs}
+    evidence = claims.Evidence({}, {"scenes": known})
+    found, judged = claims.in_scenes(evidence)
+    assert found == "present 1.000; Orthogonal Adaptation .500, apart +.500 (+.500 to +.500)" and judged == claims.YES
+    found, judged = claims.beside_omg(evidence)
+    assert found == "present .000; OMG 1.000, apart -1.000 (-1.000 to -1.000)" and judged == claims.NO
+
+
+@pytest.mark.parametrize(("usual", "best", "judged"), [(0.9, 0.9, "YES"), (0.9, 1.0, "NO"), (0.5, 0.5, "NO"), (0.4, 0.4, "NO")])
+def test_the_published_margin_must_gain_and_be_the_best(usual, best, judged):
+    import claims
+
+    known = {claims.NO_CONTRAST: row("merged", [0.5] * 4), claims.USUAL: row("merged", [usual] * 4)}
+    known["12 concepts, relative margin 1, lambda 0.1"] = row("merged", [best] * 4)
+    assert claims.margin(claims.Evidence({}, {"margins": known}))[1] == getattr(claims, judged)
+
+
+def test_more_people_are_compared_by_the_same_two():
+    import claims
+
+    two = row("merged", [0.8] * 4, method=claims.REFERENCE)
+    for values, judged in (([0.8, 0.8, 0.8, 0.8, 0.1, 0.1], claims.YES), ([0.1, 0.1, 0.1, 0.1, 0.8, 0.8], claims.NO)):
+        table = {claims.PAPER: row("merged", values, concepts=("a", "b", "c"))}
+        evidence = claims.Evidence(table, {"counts": {"2 concepts, order 0, x": two}})
+        assert claims.scales(evidence)[1] == judged
+
+
+def test_what_goes_in_and_what_is_mixed_is_compared_picture_by_picture():
+    import claims
+    import report
+
+    table = {"loraclr (ours)": row("merged", [0.9] * 4), "alone, edlora": row("alone", [0.9] * 4)}
+    inputs = {
+        "alone, quarter/edlora": row("alone", [0.5] * 4),
+        "quarter of the steps, edlora": row("merged", [0.4] * 4, recipe="quarter/edlora"),
+    }
+    assert claims.depends(claims.Evidence(table, {"inputs": inputs}))[1] == claims.YES
+    *_, quarter, whole = report.inputs(inputs, table).splitlines()
+    assert "-.100 (-.100 to -.100)" in quarter and whole.startswith("| all of the steps, edlora | .900 (.900 to .900) |")
+
+    def group(value):
+        return {"concepts": ["a", "a", "b", "b"], "prompts": ["x", "y", "x", "y"], "text": [value] * 4, "image": [value] * 4}
+
+    kinds = ("people", "things", "styles", "people in a style")
+    mixture = {
+        name: {"kind": "merged", "groups": {kind: group(value) for kind in kinds}}
+        for name, value in ((report.OWN, 0.5), (claims.PAPER, 0.4))
+    }
+    found, judged = claims.alike("things")(claims.Evidence({}, {"mixture": mixture}))
+    assert judged == claims.NO and "-.100 (-.100 to -.100)" in found
+    assert report.mixture(mixture, {}).count("| .400, -.100 (-.100 to -.100) | .500 (.500 to .500) |") == 8
 
 
 def test_the_page_has_a_place_for_every_table_and_figure():
     import report
 
     page = (TOOLS.parents[1] / "docs" / "results.md").read_text()
-    for name in ("table1", "controls", "paper", "claims", *report.FIGURES):
+    for name in ("table1", "controls", "paper", "memory", "claims", *report.FIGURES):
         assert page.count(f"<!-- {name} -->") == page.count(f"<!-- end of {name} -->") == 1, name
 
 
-def test_entries_without_adapters_are_left_out(tmp_path):
+def test_whose_adapters_lack_is_told(tmp_path):
     import results
 
+    bench = results.Bench(tmp_path, tmp_path, 1)
     (tmp_path / "edlora" / "test").mkdir(parents=True)
-    there = [name for name, entry in results.TABLE.items() if results.has_adapters(tmp_path, entry)]
-    assert {results.TABLE[name].recipe for name in there} == {"edlora", "wild"} and len(there) < len(results.TABLE)
+    first, *others = bench.box.names("test")
+    (tmp_path / "edlora" / "test" / f"{first}.pth").touch()
+    assert bench.lacking(results.TABLE["loraclr (ours)"]) == others
+    assert bench.lacking(results.TABLE["P+"]) == [first, *others] and bench.lacking(results.TABLE["average, mixed inputs"]) == []
+
+
+def test_a_row_is_drawn_anew_when_what_makes_it_changes(tmp_path, monkeypatch):
+    import results
+
+    names = results.open_toybox().names("test")
+    (tmp_path / "edlora" / "test").mkdir(parents=True)
+    for name in names:
+        (tmp_path / "edlora" / "test" / f"{name}.pth").write_text(name)
+    bench = results.Bench(tmp_path, tmp_path, 1)
+    entry = results.TABLE["sum, tuned"]
+    key = bench.row_key("merged", entry)
+    other = [
+        bench.row_key("alone", entry),
+        bench.row_key("merged", results.replace(entry, parameters={"scale": 0.2})),
+        bench.row_key("merged", results.replace(entry, names=tuple(names[:2]))),
+        results.Bench(tmp_path, tmp_path, 2).row_key("merged", entry),
+    ]
+    (tmp_path / "edlora" / "test" / f"{names[0]}.pth").write_text("trained anew")
+    results.file_digest.cache_clear()
+    other.append(bench.row_key("merged", entry))
+    assert len({key, *other}) == 6
+    base = bench.row_key("base", entry)
+    assert base == bench.row_key("base", results.replace(entry, recipe="lora"))  # needs no adapters
+
+
+def test_one_row_that_fails_does_not_take_the_others_with_it(tmp_path, monkeypatch, capsys):
+    import results
+
+    class Pool:
+        """What the executor does, in this process."""
+
+        def __init__(self, workers):
+            pass
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *error):
+            pass
+
+        def submit(self, work, *arguments):
+            done = concurrent.futures.Future()
+            try:
+                done.set_result(work(*arguments))
+            except OSError as error:
+                done.set_exception(error)
+            return done
+
+    def draw(loras, work, seeds, label, kind, entry):
+        if "average" in label:
+            raise OSError("no room")
+        return row("merged", [1.0] * 4)
+
+    monkeypatch.setattr(results, "ProcessPoolExecutor", Pool)
+    monkeypatch.setattr(results, "draw_row", draw)
+    out = tmp_path / "table.json"
+    monkeypatch.setattr(sys, "argv", ["results.py", str(tmp_path), str(out), "average, mixed", "loraclr (ours), mixed"])
+    with pytest.raises(SystemExit, match="1 rows could not be drawn"):
+        results.main()
+    assert "average, mixed inputs: OSError: no room" in capsys.readouterr().out
+    assert "loraclr (ours), mixed inputs" in (known := json.loads(out.read_text())) and "average, mixed inputs" not in known
+    monkeypatch.setattr(sys, "argv", ["results.py", str(tmp_path), str(out), "nobody"])
+    with pytest.raises(SystemExit, match="no entry begins with 'nobody'"):
+        results.main()
 
 
 def test_a_merge_errs_not_at_all_as_itself_and_wholly_as_nothing(tiny_pipe):

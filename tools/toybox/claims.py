@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from statistics import mean
 
-from results import TABLE
-from rows import OWN, Known, difference, header, lost, mean_of, number, spread
+from entries import TABLE
+from rows import OWN, Known, difference, differences, group_values, header, mean_of, number, present, present_apart, spread
 
-from loraclr.evaluate import Estimate
+from loraclr.evaluate import Estimate, paired
 
 YES, NO, OPEN, OUT = "reproduced", "**not reproduced**", "undecided", "not testable here"
 PAPER, FUSION, ORTHOGONAL = "LoRACLR, paper", "MoS (gradient fusion)", "Orthogonal Adaptation"
 USUAL = "12 concepts, absolute margin 0.5, lambda 0.001"  # the published setting
+NO_CONTRAST = "12 concepts, no contrast"
+REFERENCE = "loraclr-reference:paper"
 ENOUGH = -0.03  # a difference of means that still counts as kept
 
 
@@ -32,21 +33,18 @@ class Evidence:
     def merged(self, name: str, measure: str) -> float:
         return mean_of(self.table[name], measure).mean
 
-    def present(self, name: str) -> list[float]:
-        """The share of people who are where they were asked for, by number of people."""
-        return [float(one["present"]) for one in self.figures["scenes"][name]["rows"]]
-
 
 Found = tuple[str, str]  # what is found, and the verdict
-
-
-def says(holds: bool) -> str:
-    return YES if holds else NO
 
 
 def verdict(found: Estimate, at_least: float) -> str:
     """Whether an interval says that something is at least so much."""
     return YES if found.low >= at_least else NO if found.high < at_least else OPEN
+
+
+def more(found: Estimate) -> str:
+    """Whether a difference is above zero."""
+    return YES if found.low > 0 else NO if found.high < 0 else OPEN
 
 
 def kept(name: str, measure: str, published: str, at_least: float = ENOUGH) -> Callable[[Evidence], Found]:
@@ -64,64 +62,67 @@ def highest(measure: str) -> Callable[[Evidence], Found]:
         apart = difference(evidence.table[PAPER], evidence.table[best], measure)
         means = f"{number(evidence.merged(PAPER, measure))}; {best} {number(evidence.merged(best, measure))}"
         told = f"{means}, apart {spread(apart, signed=True)}"
-        return told, YES if apart.low > 0 else NO if apart.high < 0 else OPEN
+        return told, more(apart)
 
     return check
 
 
 def averaging(evidence: Evidence) -> Found:
     found = evidence.lost("DB-LoRA (FedAvg)", "identity")
-    return f"{spread(found, signed=True)}; published -.585", says(found.high < -0.2)
+    return f"{spread(found, signed=True)}; published -.585", YES if found.high < -0.2 else NO if found.low > -0.2 else OPEN
 
 
 def fast(evidence: Evidence) -> Found:
     ours, theirs = (evidence.table[name]["merge_seconds"] for name in (PAPER, FUSION))
-    return f"{ours:.0f} s of a core, gradient fusion {theirs:.0f} s", says(ours < theirs)
+    return f"{ours:.0f} s of a core, gradient fusion {theirs:.0f} s", YES if ours <= theirs / 3 else NO
 
 
 def scales(evidence: Evidence) -> Found:
-    known, twelve = evidence.figures["counts"], evidence.lost(PAPER, "identity").mean
-    rows = [row for name, row in known.items() if name.startswith("2 concepts") and row["method"] == "loraclr-reference:paper"]
-    two = mean(lost(row, known["alone, edlora"], "identity", row["concepts"]) for row in rows)
-    return f"to each alone: {two:+.3f} with two, {twelve:+.3f} with twelve", says(twelve >= two + ENOUGH)
+    """The first two of every order, with ten more and without."""
+    pairs = [row for name, row in evidence.figures["counts"].items() if name.startswith("2 concepts") and row["method"] == REFERENCE]
+    found = differences([(evidence.table[PAPER], row, row["concepts"]) for row in pairs], "identity")
+    return f"of the same people, twelve against two in the model: {spread(found, signed=True)}", verdict(found, ENOUGH)
 
 
 def margin(evidence: Evidence) -> Found:
-    """Whether the published setting is as good as the best, and anything at all depends on it."""
-    grid = {name: mean_of(row, "identity") for name, row in evidence.figures["margins"].items() if name.startswith("12 concepts")}
-    best, usual = max(grid, key=lambda name: grid[name].mean), grid[USUAL]
-    told = f"{spread(usual)}; best {best.removeprefix('12 concepts, ')} {spread(grid[best])}"
-    matters = grid[best].mean - min(one.mean for one in grid.values()) > -ENOUGH
-    return told, says(matters and usual.high >= grid[best].mean)
+    """Whether the published setting gains anything at all over none, and whether another is better."""
+    grid = {name: row for name, row in evidence.figures["margins"].items() if name.startswith("12 concepts")}
+    best = max((name for name in grid if name != NO_CONTRAST), key=lambda name: mean_of(grid[name], "identity").mean)
+    gained, better = difference(grid[USUAL], grid[NO_CONTRAST], "identity"), difference(grid[best], grid[USUAL], "identity")
+    told = f"{spread(gained, signed=True)} to no contrast; best {best.removeprefix('12 concepts, ')}, {spread(better, signed=True)} to it"
+    return told, NO if better.low > 0 else more(gained) if gained.high >= -ENOUGH else NO
 
 
 def in_scenes(evidence: Evidence) -> Found:
+    known = evidence.figures["scenes"]
     others = [f"{name}, regions" for name in (ORTHOGONAL, FUSION, "P+")]
-    best = max(others, key=lambda name: mean(evidence.present(name)))
-    ours, theirs = mean(evidence.present(f"{PAPER}, regions")), mean(evidence.present(best))
-    return f"present {number(ours)}; {best.removesuffix(', regions')} {number(theirs)}", says(ours > theirs)
+    best = max(others, key=lambda name: present(known[name]).mean)
+    ours, theirs = known[f"{PAPER}, regions"], known[best]
+    apart = present_apart(ours, theirs)
+    means = f"present {number(present(ours).mean)}; {best.removesuffix(', regions')} {number(present(theirs).mean)}"
+    return f"{means}, apart {spread(apart, signed=True)}", more(apart)
 
 
 def beside_omg(evidence: Evidence) -> Found:
-    ours, theirs = evidence.present(f"{PAPER}, regions")[0], evidence.present("OMG, own adapters")[0]
-    return f"of two people present {number(ours)}; OMG {number(theirs)}", says(ours > theirs)
+    ours, theirs = (evidence.figures["scenes"][name] for name in (f"{PAPER}, regions", "OMG, own adapters"))
+    apart = present_apart(ours, theirs, alike=True)
+    told = f"present {number(present(ours, alike=True).mean)}; OMG {number(present(theirs, alike=True).mean)}"
+    return f"{told}, apart {spread(apart, signed=True)}", more(apart)
 
 
 def alike(kind: str) -> Callable[[Evidence], Found]:
     def check(evidence: Evidence) -> Found:
-        own, ours = (mean(evidence.figures["mixture"][name]["groups"][kind]["image"]) for name in (OWN, PAPER))
-        return f"image alignment {number(ours)}; own adapters {number(own)}", says(ours >= own + ENOUGH)
+        (own, factors), (ours, _) = (group_values(evidence.figures["mixture"][name], kind, "image") for name in (OWN, PAPER))
+        apart = paired(ours, own, factors=factors)
+        return f"image alignment, to the own adapters: {spread(apart, signed=True)}", verdict(apart, ENOUGH)
 
     return check
 
 
 def depends(evidence: Evidence) -> Found:
-    """Better inputs, better merges; with the fully trained ones of Table 1."""
-    pairs = [("loraclr (ours)", evidence.table), *((name, known) for known in [evidence.figures["inputs"]] for name in known)]
-    rows = [(known[f"alone, {known[name]['recipe']}"], known[name]) for name, known in pairs if known[name]["recipe"].endswith("edlora")]
-    found = sorted((mean_of(alone, "identity").mean, mean_of(row, "identity").mean) for alone, row in rows if row["kind"] == "merged")
-    told = "; ".join(f"alone {number(alone)}, merged {number(merged)}" for alone, merged in found)
-    return told, says([merged for _, merged in found] == sorted(merged for _, merged in found))
+    """Merges of fully trained adapters against those of adapters trained for a quarter of the steps."""
+    found = difference(evidence.table["loraclr (ours)"], evidence.figures["inputs"]["quarter of the steps, edlora"], "identity")
+    return f"identity, all against a quarter of the steps: {spread(found, signed=True)}", more(found)
 
 
 def unasked(evidence: Evidence) -> Found:

@@ -15,8 +15,12 @@ from statistics import mean
 from typing import Any
 
 from claims import Evidence, claims
-from results import TABLE, WHOLE, orders
-from rows import OWN, SHOWN, Known, difference, header, lost, mean_of, number, spread
+from entries import TABLE, WHOLE, orders
+from rows import OWN, SHOWN, Known, difference, differences, group_values, header, mean_of, number, present, spread
+
+from loraclr.evaluate import estimate, paired
+
+SCORES = ("identity", "image", "text")
 
 
 def table1(known: Known) -> str:
@@ -60,12 +64,25 @@ def paper(known: Known) -> str:
     return "\n".join(lines)
 
 
+def memory(known: Known) -> str:
+    """What merging and drawing take."""
+    lines = header("merge of 12", "merging, s of a core", "merging, MB above the loaded base", "a picture, s of a core")
+    for name in TABLE:
+        if name in known:
+            row = known[name]
+            pictures = len(row["concepts"]) * row["prompts"] * row["seeds"]
+            held = row.get("merge_megabytes")
+            cells = (f"{row['merge_seconds']:.0f}", "-" if held is None else str(held), f"{row['drawing_seconds'] / pictures:.2f}")
+            lines.append(f"| {' | '.join((name, *cells))} |")
+    return "\n".join(lines)
+
+
 def counts(known: Known, table: Known) -> str:
-    """Mean difference to each adapter alone, over the orders: of all merged concepts, and of the first two of each order.
+    """The paired difference to each adapter alone, over the orders: of all merged concepts, and of the first two of each order.
 
     With all twelve, there is one merge whose first two are those of every order.
     """
-    lines = header("concepts", "method", "identity, all", "attributes, all", "attributes, the first two", "image, all", "text, all")
+    lines = header("concepts", "method", *(f"{measure}, {who}" for measure in SCORES for who in ("all", "the first two")))
     merged: dict[tuple[int, str], list[tuple[Known, Mapping[str, Any], Sequence[str]]]] = {}
     for name, row in known.items():
         if row["kind"] == "merged":
@@ -75,19 +92,37 @@ def counts(known: Known, table: Known) -> str:
         if name in table:
             row = table[name]
             merged[len(row["concepts"]), method] = [(table, row, order[:2]) for order in orders(row["concepts"])]
-    for (count, method), rows in sorted(merged.items(), key=lambda item: (item[0][0], list(WHOLE).index(item[0][1]))):
+    for (count, method), found in sorted(merged.items(), key=lambda item: (item[0][0], list(WHOLE).index(item[0][1]))):
         told = []
-        for measure, first in (("identity", False), ("attributes", False), ("attributes", True), ("image", False), ("text", False)):
-            told.append(mean(lost(row, where["alone, edlora"], measure, pair if first else row["concepts"]) for where, row, pair in rows))
-        lines.append(f"| {count} | {method} | {' | '.join(f'{value:+.3f}' for value in told)} |")
+        for measure in SCORES:
+            every = {id(row): (row, where["alone, edlora"], row["concepts"]) for where, row, _ in found}  # one merge, or three
+            told.append(differences(list(every.values()), measure))
+            told.append(differences([(row, where["alone, edlora"], pair) for where, row, pair in found], measure))
+        lines.append(f"| {count} | {method} | {' | '.join(spread(one, signed=True) for one in told)} |")
+    return "\n".join(lines)
+
+
+def beyond(known: Known, table: Known) -> str:
+    """More people than Table 1 has; the difference to each adapter alone."""
+    titles = [f"{measure}{what}" for measure in SCORES for what in ("", ", to alone")]
+    lines = header("identities", "method", *titles, "merging, s of a core")
+    for name, row in known.items():
+        if row["kind"] == "merged":
+            (count, method), alone, told = name.split(", "), known[f"alone, {row['recipe']}"], []
+            for measure in SCORES:
+                told += [number(mean_of(row, measure).mean), spread(difference(row, alone, measure), signed=True)]
+            lines.append(f"| {' | '.join([count.split()[0], method, *told, format(row['merge_seconds'], '.0f')])} |")
     return "\n".join(lines)
 
 
 def margins(known: Known, table: Known) -> str:
-    lines = header("merge", "identity", "attributes", "text", "layers with an active hinge")
+    """Each setting, and the paired difference to no contrast."""
+    lines = header("merge", "identity", "to no contrast", "attributes", "text", "layers with an active hinge")
     for name, row in known.items():
         if row["kind"] == "merged":
-            told = [spread(mean_of(row, measure)) for measure in ("identity", "attributes", "text")]
+            none = known.get(f"{name.split(', ')[0]}, no contrast", row)
+            told = [number(mean_of(row, "identity").mean), "" if none is row else spread(difference(row, none, "identity"), signed=True)]
+            told += [number(mean_of(row, measure).mean) for measure in ("attributes", "text")]
             lines.append(f"| {name} | {' | '.join(told)} | {'-' if row.get('hinge') is None else number(row['hinge'])} |")
     return "\n".join(lines)
 
@@ -108,33 +143,38 @@ def inputs(known: Known, table: Known) -> str:
 
 
 def scenes(known: Known, table: Known) -> str:
-    """Presence by number of people; seconds of one core a picture of two."""
-    counts = sorted({one["people"] for row in known.values() for one in row["rows"]})
-    lines = header("how they are kept apart", *(f"{count} people: present, all present" for count in counts), "s, two people")
+    """Presence by number of people, all of them with its interval; seconds of one core a picture of two."""
+    places = sorted({(one["people"], not one["alike"]) for row in known.values() for one in row["rows"]})
+    titles = [f"{count}{'' if any_kind else ' of a kind'}: present, all" for count, any_kind in places]
+    lines = header("how they are kept apart", *titles, "all numbers: present", "taken for another", "attributes", "s, two people")
     for name, row in known.items():
-        told = {one["people"]: one for one in row["rows"]}
-        cells = [f"{number(told[n]['present'])}, {number(told[n]['all present'])}" if n in told else "-" for n in counts]
-        lines.append(f"| {' | '.join([name, *cells, format(told[2]['seconds'], '.1f')])} |")
+        told = {(one["people"], not one["alike"]): one for one in row["rows"]}
+        cells = [f"{number(told[at]['present'])}, {number(told[at]['all present'])}" if at in told else "-" for at in places]
+        attributes = [value for one in row["rows"] if not one["alike"] for scene in one["attributes"] for value in scene]
+        strangers = mean(one["taken for another"] for one in row["rows"] if not one["alike"])
+        several = spread(present(row)) if len(row["rows"]) > 2 else "-"
+        cells += [several, number(strangers), number(mean(attributes)), format(told[2, True]["seconds"], ".1f")]
+        lines.append(f"| {' | '.join([name, *cells])} |")
     return "\n".join(lines)
 
 
 def mixture(known: Known, table: Known) -> str:
     """Means of every kind of concept, and the difference to the own adapters; text, image, and ToyFace's cosine where there are faces."""
-    kinds = ("people", "things", "styles", "people in a style")
-    own = known[OWN]["groups"]
-    lines = header("one model of 18", *(f"{kind}: text, image{', face' if 'people' in kind else ''}" for kind in kinds))
-    for name, row in known.items():
-        cells = []
-        for kind in kinds:
-            told = [(mean(values), mean(own[kind][measure])) for measure, values in row["groups"][kind].items()]
-            cells.append(
-                ", ".join(number(value) if row["kind"] == "alone" else f"{number(value)} ({value - was:+.3f})" for value, was in told)
-            )
-        lines.append(f"| {' | '.join([name, *cells])} |")
+    lines = header("kind", "measure", *(name for name in known if name != OWN), OWN)
+    for kind in ("people", "things", "styles", "people in a style"):
+        for measure in ("text", "image", "face_cosine"):
+            if measure in known[OWN]["groups"][kind]:
+                own, factors = group_values(known[OWN], kind, measure)
+                cells = []
+                for name, row in known.items():
+                    found = group_values(row, kind, measure)[0]
+                    if name != OWN:
+                        cells.append(f"{number(float(found.nanmean()))}, {spread(paired(found, own, factors=factors), signed=True)}")
+                lines.append(f"| {' | '.join([kind, measure.replace('_', ' '), *cells, spread(estimate(own, factors=factors))])} |")
     return "\n".join(lines)
 
 
-FIGURES = {"counts": counts, "margins": margins, "inputs": inputs, "scenes": scenes, "mixture": mixture}
+FIGURES = {"counts": counts, "beyond": beyond, "margins": margins, "inputs": inputs, "scenes": scenes, "mixture": mixture}
 
 
 def apart(known: Known, new: Known) -> list[str]:
@@ -170,7 +210,8 @@ def main() -> None:
         raise SystemExit(bool(problems))
     figures = {path.stem: json.loads(path.read_text()) for path in arguments.evidence.glob("*.json") if path.stem in FIGURES}
     blocks = {name: FIGURES[name](known, table) for name, known in figures.items()}
-    blocks |= {"table1": table1(table), "controls": controls(table), "paper": paper(table), "claims": claims(Evidence(table, figures))}
+    blocks |= {made.__name__: made(table) for made in (table1, controls, paper, memory)}
+    blocks["claims"] = claims(Evidence(table, figures))
     arguments.page.write_text(written(arguments.page.read_text(), blocks))
 
 

@@ -34,12 +34,53 @@ def mean_of(row: Mapping[str, Any], measure: str) -> Estimate:
     return estimate(shaped.flatten(), factors=factors(shaped))
 
 
-def difference(row: Mapping[str, Any], alone: Mapping[str, Any], measure: str) -> Estimate:
-    """Merged minus alone, over the pictures that both have."""
-    ours, theirs = values(row, measure), values(alone, measure, row["concepts"])
-    seeds = min(ours.shape[2], theirs.shape[2])
-    ours, theirs = ours[:, :, :seeds], theirs[:, :, :seeds]
-    return paired(ours.flatten(), theirs.flatten(), factors=factors(ours))
+def difference(row: Mapping[str, Any], other: Mapping[str, Any], measure: str, names: Sequence[str] = ()) -> Estimate:
+    """Row minus other, over the pictures that both have, of `names` only."""
+    return differences([(row, other, names)], measure)
+
+
+def differences(pairs: Sequence[tuple[Mapping[str, Any], Mapping[str, Any], Sequence[str]]], measure: str) -> Estimate:
+    """One mean over all pairs of rows; a concept that is in several of them is drawn with all its pictures at once, and so is a prompt."""
+    found: list[Tensor] = []
+    levels: list[list[Any]] = [[], [], []]
+    for row, other, names in pairs:
+        chosen = list(names or (name for name in row["concepts"] if name in other["concepts"]))
+        ours, theirs = values(row, measure, chosen), values(other, measure, chosen)
+        seeds = min(ours.shape[2], theirs.shape[2])
+        apart = ours[:, :, :seeds] - theirs[:, :, :seeds]
+        concepts, prompts, numbers = factors(apart)
+        found.append(apart.flatten())
+        for level, more in zip(levels, ([chosen[k] for k in concepts], prompts, numbers), strict=True):
+            level.extend(more)
+    return estimate(torch.cat(found), factors=levels)
+
+
+def presence(row: Mapping[str, Any], *, alike: bool = False) -> tuple[Tensor, list[str]]:
+    """Of a row of scenes: 1 for every person who is in the own place, else 0, and which scene that is."""
+    found, scenes = [], []
+    for one in row["rows"]:
+        for number, faces in enumerate(one["faces"] if one["alike"] == alike else ()):
+            found += [float(face >= one["limit"]) for face in faces]
+            scenes += [f"{one['people']}/{number}"] * len(faces)
+    return torch.tensor(found, dtype=torch.float64), scenes
+
+
+def present(row: Mapping[str, Any], *, alike: bool = False) -> Estimate:
+    found, scenes = presence(row, alike=alike)
+    return estimate(found, factors=[scenes])
+
+
+def present_apart(row: Mapping[str, Any], other: Mapping[str, Any], *, alike: bool = False) -> Estimate:
+    """The same scenes of both."""
+    (ours, scenes), (theirs, _) = presence(row, alike=alike), presence(other, alike=alike)
+    return paired(ours, theirs, factors=[scenes])
+
+
+def group_values(row: Mapping[str, Any], kind: str, measure: str) -> tuple[Tensor, list[list[str]]]:
+    """Of one kind of concepts in a mixture: the values, and the concept and the prompt of each."""
+    told = row["groups"][kind]
+    whole = torch.tensor([math.nan if value is None else value for value in told[measure]], dtype=torch.float64)
+    return whole, [told["concepts"], told["prompts"]]
 
 
 def number(value: float) -> str:
@@ -53,7 +94,3 @@ def spread(found: Estimate, *, signed: bool = False) -> str:
 
 def header(*names: str) -> list[str]:
     return [f"| {' | '.join(names)} |", f"|{'---|' * len(names)}"]
-
-
-def lost(row: Mapping[str, Any], alone: Mapping[str, Any], measure: str, names: Sequence[str]) -> float:
-    return float(values(row, measure, names).nanmean() - values(alone, measure, names).nanmean())

@@ -4,9 +4,10 @@
     python scenes.py --lora merged.safetensors                one adapter that holds all, by regions
     python scenes.py --loras FOLDER --strategy omg            one file for each, kept apart at sampling time
     ... --counts 2 --free                                     by the prompt alone, no boxes: masks come from attention
+    ... --counts 2 --alike                                    two women or two men
 
-A person counts as present where at least four of five attributes are right inside the own box. The judge always sees somebody: what it
-says of a box in which nobody is, is guessed. Look at the pictures, too (--pictures).
+A person is present where ToyFace takes the own box for the person. Attributes are the share of five that the judge finds there; it
+always sees somebody: what it says of a box in which nobody is, is guessed. Look at the pictures, too (--pictures).
 """
 
 from __future__ import annotations
@@ -26,18 +27,16 @@ from world import Person, person_words
 
 from loraclr.adapter import Adapter
 from loraclr.conditioning import Region
-from loraclr.evaluate import Limit, attribute_closeness, presence
+from loraclr.evaluate import attribute_closeness, centres, presence
 from loraclr.evaluate.subjects import call_of
 from loraclr.formats import load_adapter
 from loraclr.generate import generate
 from loraclr.pipeline import Pipeline
 from loraclr.strategies import Part, make_strategy
 from loraclr.toybox import SPLITS, Toybox, open_toybox
-from loraclr.toybox.judge import Judge
 
 SIDE = 64
 CONTEXT = "people standing together in a forest"
-PRESENT = Limit(0.8, "cosine")
 
 
 @dataclass(frozen=True)
@@ -51,6 +50,7 @@ class Cast:
     calls: Mapping[str, str] | None = None  # words that call each, where the adapters do not say
     strategy: str | None = None
     free: bool = False  # no boxes
+    alike: bool = False  # all of one class: women or men
 
     def call(self, name: str) -> str:
         """The words that call somebody, with an article; for the base what it looks like."""
@@ -64,10 +64,17 @@ class Cast:
         return person_words(Person(**concept.attributes, noun=concept.noun), None, {"expression": False, "clothes": False})
 
 
+def people(cast: Cast, count: int, scene: int) -> list[str]:
+    """Drawn by random, the same for the same number of a scene."""
+    order = [cast.names[k] for k in torch.randperm(len(cast.names), generator=torch.Generator().manual_seed(scene)).tolist()]
+    if cast.alike:
+        order = [name for name in order if cast.box.concepts[name].noun == cast.box.concepts[order[0]].noun]
+    return order[:count]
+
+
 def draw(pipeline: Pipeline, cast: Cast, count: int, scene: int) -> tuple[list[str], Image.Image]:
-    """Who was drawn by random, the same for the same number of a scene, and the picture; its seed is that number."""
-    order = torch.randperm(len(cast.names), generator=torch.Generator().manual_seed(scene))
-    chosen = [cast.names[k] for k in order[:count].tolist()]
+    """Who is in it, and the picture; its seed is the scene's number."""
+    chosen = people(cast, count, scene)
     calls = [cast.call(name) for name in chosen]
     regions = [Region(f"{call} in a forest", (0.0, k / count, 1.0, (k + 1) / count)) for k, call in enumerate(calls)]
     prompt = " and ".join(calls) + " in a forest" if cast.strategy == "clora" else CONTEXT
@@ -86,36 +93,45 @@ def crops(image: Image.Image, count: int) -> list[Image.Image]:
     return [image.crop((SIDE * k, 0, SIDE * (k + 1), SIDE)) for k in range(count)]
 
 
-def read(judge: Judge, box: Toybox, chosen: Sequence[str], image: Image.Image) -> torch.Tensor:
-    """(boxes, people) share of each person's attributes that is found in each box."""
+def read(box: Toybox, chosen: Sequence[str], image: Image.Image) -> tuple[torch.Tensor, torch.Tensor]:
+    """Two times (boxes, people): ToyFace's closeness of each box to each person, and the share of the person's attributes found there."""
+    seen, judge = crops(image, len(chosen)), box.judge
+    faces = torch.cat(box.face.embed_faces(seen))
+    known = centres([box.face.embed_faces(box.references(name)) for name in chosen], box.face.limit)
     people = [box.concepts[name].attributes for name in chosen]
     truth = [{key: judge.heads[key].index(value) for key, value in one.items()} for one in people]
-    return attribute_closeness(judge.read(crops(image, len(chosen))), truth)
+    return box.face.limit.closeness(faces, known), attribute_closeness(judge.read(seen), truth)
 
 
 def rows(pipeline: Pipeline, cast: Cast, counts: Sequence[int], scenes: int, pictures: Path | None = None) -> Iterator[dict[str, Any]]:
-    """What is found in `scenes` scenes of each number of people."""
+    """What is found in `scenes` scenes of each number of people; of `faces` and `attributes` the values of every person of every scene."""
+    limit = cast.box.face.limit
     for count in counts:
-        tables, began = [], time.process_time()
+        faces, attributes, began = [], [], time.process_time()
         for scene in range(scenes):
             chosen, image = draw(pipeline, cast, count, scene)
-            tables.append(read(cast.box.judge, cast.box, chosen, image))
+            for tables, table in zip((faces, attributes), read(cast.box, chosen, image), strict=True):
+                tables.append(table)
             if pictures is not None:
                 pictures.mkdir(parents=True, exist_ok=True)
                 image.save(pictures / f"{count}-{scene}.png")
         seconds = (time.process_time() - began) / scenes
-        placed, anywhere = (presence(tables, PRESENT, placed=placed) for placed in (True, False))
-        others = torch.cat([table[~torch.eye(count, dtype=torch.bool)] for table in tables])
+        placed, anywhere = (presence(faces, limit, placed=placed) for placed in (True, False))
+        others = ~torch.eye(count, dtype=torch.bool)
         yield {
-            "people": count, "scenes": scenes, "attributes": float(torch.stack([table.diagonal().mean() for table in tables]).mean()),
-            "attributes of the others": float(others.mean()) if count > 1 else None, "present": float(placed.share.mean()),
-            "all present": float(placed.everyone.mean()), "present anywhere": float(anywhere.share.mean()), "seconds": seconds,
-            "each": [round(float(share), 3) for share in placed.share],
+            "people": count, "alike": cast.alike, "scenes": scenes, "limit": limit.value, "present": float(placed.share.mean()),
+            "all present": float(placed.everyone.mean()), "present anywhere": float(anywhere.share.mean()),
+            "taken for another": float(torch.stack([limit.accepts(table[others]).double().mean() for table in faces]).mean()),
+            "seconds": seconds, "faces": [table.diagonal().tolist() for table in faces],
+            "attributes": [table.diagonal().tolist() for table in attributes],
         }  # fmt: skip
 
 
 def rounded(row: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: round(value, 3) if isinstance(value, float) else value for key, value in row.items()}
+    def short(value: Any) -> Any:
+        return [short(one) for one in value] if isinstance(value, list) else round(value, 3) if isinstance(value, float) else value
+
+    return {key: short(value) for key, value in row.items()}
 
 
 def main() -> None:
@@ -128,6 +144,7 @@ def main() -> None:
     parser.add_argument("--counts", type=int, nargs="+", default=[2, 3, 4, 6])
     parser.add_argument("--scenes", type=int, default=6, help="different groups of people for each count, one seed each")
     parser.add_argument("--free", action="store_true", help="no boxes; for two people, told to be left and right")
+    parser.add_argument("--alike", action="store_true", help="people of one class only")
     parser.add_argument("--pictures", type=Path, help="folder for the pictures")
     arguments = parser.parse_args()
     if (arguments.strategy is None) != (arguments.loras is None):
@@ -139,7 +156,7 @@ def main() -> None:
     cast = Cast(
         box, box.names(arguments.split), merged=load_adapter(arguments.lora, base=pipeline) if arguments.lora else None,
         singles={path.stem: load_adapter(path, base=pipeline) for path in arguments.loras.iterdir()} if arguments.loras else None,
-        strategy=arguments.strategy, free=arguments.free,
+        strategy=arguments.strategy, free=arguments.free, alike=arguments.alike,
     )  # fmt: skip
     for row in rows(pipeline, cast, arguments.counts, arguments.scenes, arguments.pictures):
         print(json.dumps(rounded(row)), flush=True)
