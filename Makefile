@@ -7,8 +7,12 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constr
 LORAS := tools/toybox/loras
 EVIDENCE := docs/evidence
 RESULTS := OMP_NUM_THREADS=1 $(BIN)/python -W ignore tools/toybox/results.py $(LORAS)
+# Of the table.
+SEEDS := 1
+REPORT := $(BIN)/python tools/toybox/report.py $(EVIDENCE) docs/results.md
+TRAIN := $(MAKE) -C tools/toybox BASE=$(abspath src/loraclr/toybox/data/base) SPLITS=test
 
-.PHONY: toybox results results-full help demo test check fix bench docs fuzz crash
+.PHONY: toybox results results-full study help demo test check fix bench docs fuzz crash
 
 help:
 	@echo "make demo    merge twelve concepts offline and write demo/report.html"
@@ -19,8 +23,9 @@ help:
 	@echo "make docs    rewrite what is made from the code: docs/methods.md and the README's table"
 	@echo "make fuzz    12,000 damaged files through every reader"
 	@echo "make crash   kill merges, trainings and packs at random moments, look at what is left, run them again"
-	@echo "make results the paper's Table 1 drawn anew on the toybox and compared with docs/results.md: under an hour of two cores"
-	@echo "make results-full  that and the figures, whatever is not there yet: hours"
+	@echo "make results the core of the paper's Table 1 drawn anew on the toybox and compared with docs/results.md: under an hour of two cores"
+	@echo "make results-full  the whole table and the figures, whatever is not there yet: hours"
+	@echo "make study   an example of the user study, with the pictures of results-full, on http://127.0.0.1:8765/"
 	@echo "make toybox  train the toybox's adapters anew and measure them: needs a trained base in build/, and hours"
 
 demo: .venv/diffusion.stamp
@@ -46,23 +51,29 @@ bench: .venv/dev.stamp
 docs: .venv/dev.stamp
 	$(BIN)/loraclr methods --markdown .
 
-# Draws Table 1 anew beside the committed rows, says where they disagree, and draws some pictures of every kind of row again.
+# Draws Table 1's core rows anew, merges included, beside the committed ones, says where they disagree, and draws some pictures of others again.
 results: .venv/dev.stamp
-	$(RESULTS) build/results/table1.json
-	$(BIN)/python tools/toybox/report.py $(EVIDENCE) docs/results.md
-	$(BIN)/python tools/toybox/report.py $(EVIDENCE) docs/results.md --against build/results/table1.json
+	rm -rf build/again
+	$(RESULTS) build/again/table1.json core --work build/again --seeds $(SEEDS)
+	$(REPORT)
+	$(REPORT) --against build/again/table1.json
 	$(RESULTS) $(EVIDENCE)/table1.json --check 64
 
-# Only what is missing in docs/evidence is drawn; remove a file there to have it drawn anew.
+# Only what is missing in docs/evidence, or was made of other files or settings, is drawn. The last two figures train their adapters first.
 results-full: .venv/dev.stamp
-	$(RESULTS) $(EVIDENCE)/table1.json
-	$(RESULTS) $(EVIDENCE)/scenes.json --figure scenes --seeds 1
-	$(RESULTS) $(EVIDENCE)/mixture.json --figure mixture --seeds 1
-	$(RESULTS) $(EVIDENCE)/counts.json --figure counts --seeds 1
-	$(RESULTS) $(EVIDENCE)/margins.json --figure margins --seeds 1
-	test -f $(EVIDENCE)/inputs.json || $(MAKE) -C tools/toybox sweep
-	$(subst $(LORAS),build,$(RESULTS)) $(EVIDENCE)/inputs.json --figure inputs --seeds 1
-	$(BIN)/python tools/toybox/report.py $(EVIDENCE) docs/results.md
+	$(RESULTS) $(EVIDENCE)/table1.json --seeds $(SEEDS)
+	$(REPORT)
+	for figure in scenes mixture counts margins; do \
+	  $(RESULTS) $(EVIDENCE)/$$figure.json --figure $$figure --seeds 1 && $(REPORT) || exit 1; done
+	test -f $(EVIDENCE)/inputs.json || { $(TRAIN) sweep && $(subst $(LORAS),build,$(RESULTS)) $(EVIDENCE)/inputs.json --figure inputs --seeds 1; }
+	test -f $(EVIDENCE)/beyond.json || { $(TRAIN) bulk && $(subst $(LORAS),build/adapters,$(RESULTS)) $(EVIDENCE)/beyond.json --figure beyond --seeds 1; }
+	$(REPORT)
+	$(BIN)/python tools/toybox/sheets.py build/results docs/figures
+
+# The study of the paper's Table 2 with our own pictures. Nobody has answered it.
+study: .venv/dev.stamp
+	test -d build/study || $(BIN)/python tools/toybox/example_study.py build/study
+	$(BIN)/loraclr study serve build/study
 
 toybox: .venv/dev.stamp
 	$(MAKE) -C tools/toybox

@@ -68,6 +68,25 @@ def test_all_twelve_of_the_counts_are_rows_of_the_table():
     assert two.count("-.100 (") == three.count("-.600 (") == 6
 
 
+def test_plots_hold_every_value(tmp_path):
+    import xml.etree.ElementTree as ET
+
+    import entries
+    import report
+
+    names = [f"n{k}" for k in range(12)]
+    alone = row("alone", [1.0] * 24, concepts=names)
+    found = {name: row("merged", [0.5] * 2 * len(one.names), concepts=one.names) for name, one in entries.counts(names).items()}
+    table = {"alone, edlora": alone} | {name: row("merged", [0.4] * 24, concepts=names) for name in entries.WHOLE.values()}
+    lines = ET.fromstring(report.counts_plot({"alone, edlora": alone} | found, table))
+    svg = "{http://www.w3.org/2000/svg}"
+    values = [one.text for one in lines.iter(f"{svg}title")]
+    assert values.count("-0.500") == 27 and values.count("-0.600") == 9  # three measures, methods and counts; the twelve
+    margins = {name: row("merged", [0.5] * 2 * len(one.names), concepts=one.names) for name, one in entries.margins(names).items()}
+    cells = ET.fromstring(report.margins_map(margins, {}))
+    assert len(list(cells.iter(f"{svg}rect"))) == 22 and [one.text for one in cells.iter(f"{svg}text")].count(".500") == 22
+
+
 def test_contrast_is_drawn_once_where_it_does_nothing():
     import claims
     import entries
@@ -249,6 +268,23 @@ def test_the_page_has_a_place_for_every_table_and_figure():
     page = (TOOLS.parents[1] / "docs" / "results.md").read_text()
     for name in ("table1", "controls", "paper", "memory", "claims", *report.FIGURES):
         assert page.count(f"<!-- {name} -->") == page.count(f"<!-- end of {name} -->") == 1, name
+
+
+def test_sheets_show_what_was_drawn_and_leave_out_the_rest(tmp_path):
+    import results
+    import sheets
+    from PIL import Image
+
+    assert not any(sheets.scenes(tmp_path).values()) and not any(sheets.mixture(tmp_path).values())
+    for scene in sheets.SHOWN_SCENES:
+        path = tmp_path / "scenes" / results.slug("OMG, own adapters") / f"{scene}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (128, 64), "red").save(path)
+    drawn = {label: images for label, images in sheets.scenes(tmp_path).items() if images}
+    assert list(drawn) == ["OMG, own adapters"] and len(drawn["OMG, own adapters"]) == 6
+    made = sheets.sheet(drawn)
+    assert made.size == (sheets.TITLES + 6 * (128 + sheets.GAP), 64 + sheets.GAP) and made.getpixel((sheets.TITLES + 5, 5)) == (255, 0, 0)
+    assert set(sheets.TABLE_ROWS) <= set(results.rows(results.TABLE))
 
 
 def test_whose_adapters_lack_is_told(tmp_path):

@@ -1,13 +1,15 @@
 """Writes the tables of docs/results.md from the rows of `results.py`: `python report.py EVIDENCE docs/results.md [--against NEW.json]`.
 
-EVIDENCE is the folder with table1.json and the figures' files. What stands between `<!-- NAME -->` and `<!-- end of NAME -->` is made here.
-`--against` says instead whether rows drawn anew lie within the intervals of EVIDENCE's table1.json; if not, it exits with 1.
+EVIDENCE is the folder with table1.json and the figures' files. What stands between `<!-- NAME -->` and `<!-- end of NAME -->` is made here,
+and so are the plots in figures/ beside the page. `--against` says instead whether rows drawn anew lie within the intervals of EVIDENCE's
+table1.json; if not, it exits with 1.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,9 +18,10 @@ from typing import Any
 
 from claims import Evidence, claims
 from entries import TABLE, WHOLE, orders
+from plots import STYLE, Point, chart, panel
 from rows import OWN, SHOWN, Known, difference, differences, group_values, header, mean_of, number, present, spread
 
-from loraclr.evaluate import estimate, paired
+from loraclr.evaluate import Estimate, estimate, paired
 
 SCORES = ("identity", "image", "text")
 
@@ -77,12 +80,11 @@ def memory(known: Known) -> str:
     return "\n".join(lines)
 
 
-def counts(known: Known, table: Known) -> str:
-    """The paired difference to each adapter alone, over the orders: of all merged concepts, and of the first two of each order.
+def counted(known: Known, table: Known) -> dict[tuple[int, str], list[Estimate]]:
+    """(concepts, method) -> the paired difference to each adapter alone, over the orders, measure by measure: all, and the first two.
 
-    With all twelve, there is one merge whose first two are those of every order.
+    With all twelve there is one merge, whose first two are those of every order.
     """
-    lines = header("concepts", "method", *(f"{measure}, {who}" for measure in SCORES for who in ("all", "the first two")))
     merged: dict[tuple[int, str], list[tuple[Known, Mapping[str, Any], Sequence[str]]]] = {}
     for name, row in known.items():
         if row["kind"] == "merged":
@@ -92,14 +94,35 @@ def counts(known: Known, table: Known) -> str:
         if name in table:
             row = table[name]
             merged[len(row["concepts"]), method] = [(table, row, order[:2]) for order in orders(row["concepts"])]
-    for (count, method), found in sorted(merged.items(), key=lambda item: (item[0][0], list(WHOLE).index(item[0][1]))):
-        told = []
-        for measure in SCORES:
-            every = {id(row): (row, where["alone, edlora"], row["concepts"]) for where, row, _ in found}  # one merge, or three
-            told.append(differences(list(every.values()), measure))
-            told.append(differences([(row, where["alone, edlora"], pair) for where, row, pair in found], measure))
+    found: dict[tuple[int, str], list[Estimate]] = {}
+    for key, rows in sorted(merged.items(), key=lambda item: (item[0][0], list(WHOLE).index(item[0][1]))):
+        every = list({id(row): (row, where["alone, edlora"], row["concepts"]) for where, row, _ in rows}.values())  # one merge, or three
+        first = [(row, where["alone, edlora"], pair) for where, row, pair in rows]
+        found[key] = [differences(part, measure) for measure in SCORES for part in (every, first)]
+    return found
+
+
+def counts(known: Known, table: Known) -> str:
+    lines = header("concepts", "method", *(f"{measure}, {who}" for measure in SCORES for who in ("all", "the first two")))
+    for (count, method), told in counted(known, table).items():
         lines.append(f"| {count} | {method} | {' | '.join(spread(one, signed=True) for one in told)} |")
     return "\n".join(lines)
+
+
+def counts_plot(known: Known, table: Known) -> str:
+    """Fig. 5: the three measures over the number of concepts, of all that are merged."""
+    found = counted(known, table)
+    numbers, panels = sorted({count for count, _ in found}), []
+    for k, measure in enumerate(SCORES):
+        values = {method: [_point(found.get((count, method)), 2 * k) for count in numbers] for method in WHOLE}
+        ends = [end for points in values.values() for point in points if point for end in point]
+        low, top = math.floor(10 * min(ends)) / 10, math.ceil(10 * max(ends)) / 10
+        panels.append(panel(k, f"{measure}, to each adapter alone", values, low, top, [str(count) for count in numbers]))
+    return chart("identity, image and text alignment over the number of concepts", panels, list(WHOLE))
+
+
+def _point(told: Sequence[Estimate] | None, place: int) -> Point | None:
+    return (told[place].mean, told[place].low, told[place].high) if told else None
 
 
 def beyond(known: Known, table: Known) -> str:
@@ -125,6 +148,28 @@ def margins(known: Known, table: Known) -> str:
             told += [number(mean_of(row, measure).mean) for measure in ("attributes", "text")]
             lines.append(f"| {name} | {' | '.join(told)} | {'-' if row.get('hinge') is None else number(row['hinge'])} |")
     return "\n".join(lines)
+
+
+def margins_map(known: Known, table: Known) -> str:
+    """Fig. 8: identity by margin and lambda, 5 and 12 concepts, the more the darker."""
+    found = {name: mean_of(row, "identity").mean for name, row in known.items() if row["kind"] == "merged"}
+    counts = sorted({int(name.split()[0]) for name in found})
+    settings = list(dict.fromkeys(name.split(", ", 1)[1] for name in found))
+    least, most = min(found.values()), max(found.values())
+    parts = [f"<style>{STYLE}</style>"]
+    for column, count in enumerate(counts):
+        parts.append(f'<text x="{270 + 110 * column}" y="20" text-anchor="middle">{count} concepts</text>')
+    for line, setting in enumerate(settings):
+        parts.append(f'<text x="200" y="{49 + 28 * line}" text-anchor="end">{setting}</text>')
+        for column, count in enumerate(counts):
+            value = found.get(f"{count} concepts, {setting}")
+            if value is not None:
+                deep = (value - least) / (most - least) if most > least else 1.0
+                x, y = 216 + 110 * column, 30 + 28 * line
+                parts.append(f'<rect x="{x}" y="{y}" width="108" height="26" fill="#0f766e" fill-opacity="{0.08 + 0.6 * deep:.2f}"/>')
+                parts.append(f'<text x="{x + 54}" y="{y + 18}" text-anchor="middle">{number(value)}</text>')
+    head = f'viewBox="0 0 {220 + 110 * len(counts)} {40 + 28 * len(settings)}" role="img" aria-label="identity by margin and lambda"'
+    return f'<svg xmlns="http://www.w3.org/2000/svg" {head}>{"".join(parts)}</svg>\n'
 
 
 def inputs(known: Known, table: Known) -> str:
@@ -176,6 +221,8 @@ def mixture(known: Known, table: Known) -> str:
 
 FIGURES = {"counts": counts, "beyond": beyond, "margins": margins, "inputs": inputs, "scenes": scenes, "mixture": mixture}
 
+PLOTS = {"counts": counts_plot, "margins": margins_map}
+
 
 def apart(known: Known, new: Known) -> list[str]:
     """Rows of `new` whose mean is outside the known interval, and those that are not known."""
@@ -210,6 +257,10 @@ def main() -> None:
         raise SystemExit(bool(problems))
     figures = {path.stem: json.loads(path.read_text()) for path in arguments.evidence.glob("*.json") if path.stem in FIGURES}
     blocks = {name: FIGURES[name](known, table) for name, known in figures.items()}
+    for name, drawn in PLOTS.items():
+        if name in figures:
+            (arguments.page.parent / "figures").mkdir(exist_ok=True)
+            (arguments.page.parent / "figures" / f"{name}.svg").write_text(drawn(figures[name], table))
     blocks |= {made.__name__: made(table) for made in (table1, controls, paper, memory)}
     blocks["claims"] = claims(Evidence(table, figures))
     arguments.page.write_text(written(arguments.page.read_text(), blocks))
