@@ -12,12 +12,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from loraclr.errors import UsageError
+from loraclr.pictures import SUFFIXES, pictures_in, read_picture
 from loraclr.pipeline import Pipeline
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".webp")
 PLACEHOLDER = "<TOK>"
 _AT_ONCE = 4  # pictures through the autoencoder
 
@@ -38,22 +39,22 @@ def read_folder(folder: Path, *, call: str | None = None) -> tuple[list[Shot], l
     """
     if not folder.is_dir():
         return [], [f"there is no folder {folder}; give the folder that holds the pictures"]
-    paths = _pictures(folder)
+    paths = pictures_in(folder)
     if not paths:
         return [], [f"{folder} has no pictures; put some there, ending in {', '.join(SUFFIXES)}"]
     shots: list[Shot] = []
     problems: list[str] = []
     masked = (folder / "masks").is_dir()
     for path in paths:
-        image = _open(path, "RGB", problems)
+        image = _read(path, "RGB", problems)
         captions = _captions(path, call, problems)
         mask = None
         if masked:
-            beside = next((one for one in _pictures(folder / "masks") if one.stem == path.stem), None)
+            beside = next((one for one in pictures_in(folder / "masks") if one.stem == path.stem), None)
             if beside is None:
                 problems.append(f"{path.name} has no mask in {folder / 'masks'}; draw one, white where the concept is")
             else:
-                mask = _open(beside, "L", problems)
+                mask = _read(beside, "L", problems)
         if image and mask and image.size != mask.size:
             problems.append(f"{path.name} is {image.width}x{image.height} and its mask {mask.width}x{mask.height}; make them equal")
         if image:
@@ -65,27 +66,17 @@ def read_folder(folder: Path, *, call: str | None = None) -> tuple[list[Shot], l
 
 def digest(folder: Path) -> str:
     """SHA-256 over names and contents of pictures, captions and masks."""
-    captions = [path.with_suffix(".txt") for path in _pictures(folder) if path.with_suffix(".txt").exists()]
-    found = [*_pictures(folder), *captions, *(_pictures(folder / "masks") if (folder / "masks").is_dir() else [])]
+    captions = [path.with_suffix(".txt") for path in pictures_in(folder) if path.with_suffix(".txt").exists()]
+    found = [*pictures_in(folder), *captions, *(pictures_in(folder / "masks") if (folder / "masks").is_dir() else [])]
     lines = [f"{hashlib.sha256(path.read_bytes()).hexdigest()}  {path.relative_to(folder).as_posix()}\n" for path in sorted(found)]
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
-def _pictures(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES and not path.name.startswith("."))
-
-
-def _open(path: Path, mode: str, problems: list[str]) -> Image | None:
-    from PIL import Image, ImageOps
-
+def _read(path: Path, mode: str, problems: list[str]) -> Image | None:
     try:
-        with Image.open(path) as file:
-            image = ImageOps.exif_transpose(file)
-            if mode == "RGB" and image.has_transparency_data:  # what is transparent has colours nobody was meant to see
-                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
-            return image.convert(mode)
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:  # what Pillow raises for damaged files
-        problems.append(f"{path} cannot be read as a picture ({error}); remove it or save it anew")
+        return read_picture(path, mode)
+    except UsageError as error:
+        problems.append(str(error))
         return None
 
 
