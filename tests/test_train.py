@@ -290,12 +290,35 @@ def test_prior_preservation_draws_the_class_once_and_adds_its_loss(pipeline, fol
     (expected,) = pipeline.sample(["a photo of a m"], seeds=[1])
     assert (np.asarray(Image.open(drawn[1])) == np.asarray(expected)).all()
     before = [path.stat().st_mtime_ns for path in drawn]
-    once = learn(folder, pipeline, recipe, work=tmp_path / "a", restart=True)
+    (tmp_path / "a" / "checkpoint.pt").unlink()  # as after a training that ended
+    once = learn(folder, pipeline, recipe, work=tmp_path / "a")
     assert [path.stat().st_mtime_ns for path in drawn] == before
     twice = learn(folder, pipeline, small("lora", steps=1, prior_weight=2.0, batch=1, lr=0.0, text_lr=0.0), class_pictures=drawn[0].parent)
     none = learn(folder, pipeline, small("lora", steps=1, prior_weight=1e-9, batch=1, lr=0.0, text_lr=0.0), class_pictures=drawn[0].parent)
     losses = [json.loads(one.metadata["loraclr.training"])["loss"] for one in (none, once, twice)]
     assert losses[1] - losses[0] == pytest.approx(losses[2] - losses[1], rel=1e-4) and losses[1] > losses[0]
+
+
+def test_what_another_class_or_another_base_drew_is_drawn_again(pipeline, folder, tmp_path):
+    recipe = small("lora", steps=1, prior_weight=1.0, prior_pictures=1, batch=1)
+
+    def drawn(word: str, *, restart: bool = False) -> tuple[np.ndarray, int]:
+        learn(folder, pipeline, recipe, class_word=word, work=tmp_path / "a", restart=restart)
+        (tmp_path / "a" / "checkpoint.pt").unlink()  # as after a training that ended
+        (path,) = (tmp_path / "a" / "class").iterdir()
+        return np.asarray(Image.open(path)), path.stat().st_mtime_ns
+
+    def expected(word: str) -> np.ndarray:
+        return np.asarray(pipeline.sample([f"a photo of a {word}"], seeds=[0])[0])
+
+    man, cat = drawn("m")[0], drawn("k")[0]
+    assert (man != cat).any() and (cat == expected("k")).all()
+    with torch.no_grad():
+        pipeline.base_weight(keys_and_values(pipeline)[0]).mul_(-3)
+    other, when = drawn("k")
+    assert (other == expected("k")).all() and (other != cat).any()
+    again, later = drawn("k", restart=True)
+    assert (again == other).all() and later > when
 
 
 def test_learned_tokens_stop_at_their_norm(pipeline, folder, tmp_path):
