@@ -23,7 +23,7 @@ from loraclr.collect import Collection
 from loraclr.errors import PipelineError, TrainError, UsageError
 from loraclr.formats import load_adapter, save_adapter
 from loraclr.merge import merge
-from loraclr.pipeline import Pipeline
+from loraclr.pipeline import Pipeline, PromptTruncationWarning
 from loraclr.train import RECIPES, Recipe, SharedRowsWarning, make_recipe, parameters, shared_rows, train
 from loraclr.train.attention import attention_penalty, watched
 from loraclr.train.data import Examples, Shot, read_folder
@@ -467,6 +467,36 @@ def test_latents_are_what_the_pipeline_decodes(pipeline):
     with torch.no_grad():
         mean = pipeline.pipe.vae.encode(pixels).latent_dist.mean
     torch.testing.assert_close(own.latents, mean * pipeline.pipe.vae.config.scaling_factor)
+
+
+@pytest.mark.parametrize("name", ["lora", "edlora"])
+def test_captions_that_are_cut_before_the_concept_are_refused_and_others_warned_of(name, pipeline, tmp_path):
+    call = 2 if name == "edlora" else pipeline.token_count("qq m") - 2
+    room = pipeline.text_length - 2 - call  # for words before the call
+    Image.new("RGB", (16, 16)).save(tmp_path / "1.png")
+    recipe, caption = small(name, steps=1), tmp_path / "1.txt"
+    caption.write_text("m " * room + "<TOK>")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", PromptTruncationWarning)
+        learn(tmp_path, pipeline, recipe)
+    caption.write_text("m " * room + "<TOK> m")
+    with pytest.warns(PromptTruncationWarning, match=r"1 of \d+ captions are longer than the \d+ tokens .*: what is behind does not count"):
+        learn(tmp_path, pipeline, recipe)
+    caption.write_text("m " * (room + 1) + "<TOK>")
+    with pytest.raises(UsageError, match=r"'m m .*\.\.\. names the concept behind the \d+ tokens that the text encoder reads; name it"):
+        learn(tmp_path, pipeline, recipe)
+
+
+def test_a_mask_without_white_where_the_picture_is_trained_is_refused(pipeline, tmp_path):
+    (tmp_path / "masks").mkdir()
+    outside = Image.new("L", (48, 16))  # of which the middle third is trained
+    outside.paste(255, (0, 0, 10, 16))
+    for file, mask in (("1.png", Image.new("L", (48, 16), 127)), ("2.png", outside), ("3.png", Image.new("L", (48, 16), 128))):
+        Image.new("RGB", mask.size).save(tmp_path / file)
+        mask.save(tmp_path / "masks" / file)
+    with pytest.raises(UsageError, match=r"the mask of 1.png is black all over .*8x8 cells; make it white.*the mask of 2.png") as caught:
+        learn(tmp_path, pipeline, small("lora"))
+    assert "3.png" not in str(caught.value)
 
 
 # ---- the work folder

@@ -32,10 +32,11 @@ class Shot:
     mask: Image | None = None
 
 
-def read_folder(folder: Path, *, call: str | None = None) -> tuple[list[Shot], list[str]]:
+def read_folder(folder: Path, *, call: str | None = None, latent: tuple[int, int] | None = None) -> tuple[list[Shot], list[str]]:
     """The pictures of a folder in the order of their names, and what is wrong with it, one sentence each.
 
-    A caption file has one caption a line. With `call` every caption must hold it, or `<TOK>`, which becomes it.
+    A caption file has one caption a line. With `call` every caption must hold it, or `<TOK>`, which becomes it. With the height and width
+    `latent` that pictures are brought to, every mask must have some white there.
     """
     if not folder.is_dir():
         return [], [f"there is no folder {folder}; give the folder that holds the pictures"]
@@ -57,6 +58,11 @@ def read_folder(folder: Path, *, call: str | None = None) -> tuple[list[Shot], l
                 mask = _read(beside, "L", problems)
         if image and mask and image.size != mask.size:
             problems.append(f"{path.name} is {image.width}x{image.height} and its mask {mask.width}x{mask.height}; make them equal")
+        elif mask and latent and not _cells(mask, latent).any():
+            problems.append(
+                f"the mask of {path.name} is black all over the part that is trained, the middle at {latent[0]}x{latent[1]} cells; "
+                "make it white where the concept is"
+            )
         if image:
             shots.append(Shot(image, captions, mask))
     if doubled := sorted({path.stem for path in paths if [one.stem for one in paths].count(path.stem) > 1}):
@@ -99,6 +105,14 @@ def _captions(path: Path, call: str | None, problems: list[str]) -> tuple[str, .
     return tuple(texts)
 
 
+def _cells(mask: Image, latent: tuple[int, int]) -> Tensor:
+    """(1, *latent) of 0 and 1: the mask as the loss sees it."""
+    from PIL import Image, ImageOps
+
+    small = ImageOps.fit(mask, (latent[1], latent[0]), Image.Resampling.NEAREST)
+    return torch.from_numpy(np.asarray(small).copy())[None].ge(128).float()
+
+
 class Examples:
     """Pictures as latents, ready to be drawn from. All of them are encoded once.
 
@@ -116,9 +130,7 @@ class Examples:
         self.latents = _encode(pipeline, torch.cat([pixels, pixels.flip(-1)]) if flip else pixels)
         self.masks: Tensor | None = None
         if all(shot.mask is not None for shot in shots):
-            h, w = self.latents.shape[-2:]
-            small = [ImageOps.fit(shot.mask, (w, h), Image.Resampling.NEAREST) for shot in shots if shot.mask is not None]
-            masks = torch.stack([torch.from_numpy(np.asarray(mask).copy()) for mask in small])[:, None].ge(128).float()
+            masks = torch.stack([_cells(shot.mask, self.latent) for shot in shots if shot.mask is not None])
             self.masks = torch.cat([masks, masks.flip(-1)]) if flip else masks
 
     @property

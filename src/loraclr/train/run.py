@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
+import warnings
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
@@ -15,7 +17,7 @@ import torch
 from loraclr import __version__
 from loraclr.adapter import Adapter
 from loraclr.errors import UsageError
-from loraclr.pipeline import GUIDANCE, STEPS, Pipeline
+from loraclr.pipeline import GUIDANCE, STEPS, Pipeline, PromptTruncationWarning
 from loraclr.train import loop
 from loraclr.train.data import Examples, Shot, digest, read_folder
 from loraclr.train.orthogonal import Orthogonal, warn_of_shared_rows
@@ -146,14 +148,17 @@ def _checked(
         words = recipe.words(trigger, class_word)
     except UsageError as error:
         problems.append(str(error))
-    shots, found = read_folder(folder, call=words.call if words else None)
+    pixels = base.check_settings(seeds=[], steps=STEPS, guidance=GUIDANCE, size=None)
+    latent = pixels[0] // int(base.pipe.vae_scale_factor), pixels[1] // int(base.pipe.vae_scale_factor)
+    shots, found = read_folder(folder, call=words.call if words else None, latent=latent)
     problems += found
     if words:
-        problems += recipe.problems(base, words)
+        filled = [template.replace("{}", words.call) for template in templates or recipe.templates]
+        problems += recipe.problems(base, words) + _too_long(base, [*_captions(shots), *filled], words)
     class_shots: list[Shot] = []
     if class_folder is not None:
-        class_shots, found = read_folder(class_folder)
-        problems += found
+        class_shots, found = read_folder(class_folder, latent=latent)
+        problems += found + _too_long(base, _captions(class_shots), Words(""))
         if not recipe.prior_weight:
             problems.append(
                 f"pictures of the class are given, but recipe {recipe.name!r} has prior_weight 0; set it to 1, or leave them out"
@@ -172,6 +177,35 @@ def _checked(
     if problems or words is None:
         raise UsageError("; ".join(problems))
     return words, shots, class_shots
+
+
+def _captions(shots: Sequence[Shot]) -> list[str]:
+    return [caption for shot in shots for caption in shot.captions]
+
+
+def _too_long(base: Pipeline, prompts: Sequence[str], words: Words) -> list[str]:
+    """A sentence for each prompt that is cut before the end of the call; one warning for those that lose words behind it."""
+    limit, problems, cut = base.text_length, [], []
+
+    def count(text: str) -> int:
+        for token in words.tokens:  # the tokenizer does not know them yet, to which each will be one
+            text = re.sub(re.escape(token), " a ", text, flags=re.IGNORECASE)
+        return base.token_count(text)
+
+    for prompt in prompts:
+        named = re.search(re.escape(words.call), prompt, re.IGNORECASE)
+        if named and count(prompt[: named.end()]) > limit:
+            problems.append(f"{prompt[:40]!r}... names the concept behind the {limit} tokens that the text encoder reads; name it earlier")
+        elif count(prompt) > limit:
+            cut.append(prompt)
+    if cut:
+        warnings.warn(
+            f"{len(cut)} of {len(prompts)} captions are longer than the {limit} tokens that the text encoder reads, such as "
+            f"{cut[0][:40]!r}...: what is behind does not count; shorten them",
+            PromptTruncationWarning,
+            stacklevel=4,
+        )
+    return problems
 
 
 def _class_shots(base: Pipeline, words: Words, count: int, work: WorkFolder | None, tell: Callable[[str, float], None]) -> list[Shot]:
