@@ -10,6 +10,7 @@ import pytest
 import torch
 from families_twins import twin
 from original_names import checkpoint
+from PIL import Image
 from safetensors.torch import save_file
 from test_families import adapter
 
@@ -102,24 +103,12 @@ def test_what_cannot_be_is_one_line(capsys, xl, options, message):
     assert not (xl / "out.safetensors").exists()
 
 
-def test_training_says_which_families_it_can(capsys, xl):
-    from PIL import Image
-
+def test_training_takes_a_file_with_a_configuration_and_says_which_families_it_can(capsys, xl):
     (xl / "pictures").mkdir()
     Image.new("RGB", (16, 16)).save(xl / "pictures" / "a.png")
-    words = [
-        "train",
-        "--recipe",
-        "edlora",
-        xl / "pictures",
-        "--base",
-        xl / "base",
-        "--trigger",
-        "qq",
-        "--class",
-        "man",
-        "--output",
-        xl / "qq.safetensors",
-    ]
-    code, _, err = call(capsys, *words, "--device", "cpu")
+    words = ["train", xl / "pictures", "--trigger", "qq", "--class", "man", "--output", xl / "qq.safetensors", "--device", "cpu"]
+    code, _, err = call(capsys, *words, "--base", xl / "base", "--recipe", "edlora")
     assert code == 1 and "not supported; use a Stable Diffusion 1 or 2" in err and "edlora" in err
+    small = ["--set", "steps=1", "--set", "rank=2", "--set", "text_rank=0", "--sample-every", 0]
+    code, _, err = call(capsys, *words, *small, "--base", xl / "base.safetensors", "--base-config", xl / "base")
+    assert (code, err) == (0, "") and load_adapter(xl / "qq.safetensors").family == "sdxl"

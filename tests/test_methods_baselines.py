@@ -229,6 +229,7 @@ def test_shared_rows_are_named():
     assert solution.status == "shared" and solution.diagnostics["shared_rows"] == 4
     assert solution.diagnostics["largest_cosine"] == pytest.approx(1)
     assert "c0 and c1 share 1 rows of `down`; c0 and c2 share 2 rows of `down`; c1 and c2 share 1 rows" in solution.advice
+    assert "retrain one with another `--set index=N` (another seed for rows=random)" in solution.advice
     half = drawn([[0, 1], [1, 2]])
     half = replace(half, layers=tuple(LoraLayer(NAME, -layer.down.half(), layer.up, 3.0) for layer in half.layers))
     assert solve("orthogonal", half).diagnostics["shared_rows"] == 1, "whatever sign, scale and precision"

@@ -25,6 +25,10 @@ def box() -> Toybox:
     return open_toybox()
 
 
+def test_what_ships_is_at_most_45_mib(box):
+    assert sum(path.stat().st_size for path in box.data.rglob("*") if path.is_file()) <= 45 * 2**20
+
+
 def test_concepts_are_30_and_the_splits_do_not_overlap(box):
     names = {split: box.names(split) for split in SPLITS}
     assert [len(found) for found in names.values()] == [12, 12, 4, 2] and len({name for found in names.values() for name in found}) == 30

@@ -23,7 +23,7 @@ from loraclr.collect import Collection
 from loraclr.errors import PipelineError, TrainError, UsageError
 from loraclr.formats import load_adapter, save_adapter
 from loraclr.merge import merge
-from loraclr.pipeline import Pipeline
+from loraclr.pipeline import Pipeline, PromptTruncationWarning
 from loraclr.train import RECIPES, Recipe, SharedRowsWarning, make_recipe, parameters, shared_rows, train
 from loraclr.train.attention import attention_penalty, watched
 from loraclr.train.data import Examples, Shot, read_folder
@@ -290,12 +290,35 @@ def test_prior_preservation_draws_the_class_once_and_adds_its_loss(pipeline, fol
     (expected,) = pipeline.sample(["a photo of a m"], seeds=[1])
     assert (np.asarray(Image.open(drawn[1])) == np.asarray(expected)).all()
     before = [path.stat().st_mtime_ns for path in drawn]
-    once = learn(folder, pipeline, recipe, work=tmp_path / "a", restart=True)
+    (tmp_path / "a" / "checkpoint.pt").unlink()  # as after a training that ended
+    once = learn(folder, pipeline, recipe, work=tmp_path / "a")
     assert [path.stat().st_mtime_ns for path in drawn] == before
     twice = learn(folder, pipeline, small("lora", steps=1, prior_weight=2.0, batch=1, lr=0.0, text_lr=0.0), class_pictures=drawn[0].parent)
     none = learn(folder, pipeline, small("lora", steps=1, prior_weight=1e-9, batch=1, lr=0.0, text_lr=0.0), class_pictures=drawn[0].parent)
     losses = [json.loads(one.metadata["loraclr.training"])["loss"] for one in (none, once, twice)]
     assert losses[1] - losses[0] == pytest.approx(losses[2] - losses[1], rel=1e-4) and losses[1] > losses[0]
+
+
+def test_what_another_class_or_another_base_drew_is_drawn_again(pipeline, folder, tmp_path):
+    recipe = small("lora", steps=1, prior_weight=1.0, prior_pictures=1, batch=1)
+
+    def drawn(word: str, *, restart: bool = False) -> tuple[np.ndarray, int]:
+        learn(folder, pipeline, recipe, class_word=word, work=tmp_path / "a", restart=restart)
+        (tmp_path / "a" / "checkpoint.pt").unlink()  # as after a training that ended
+        (path,) = (tmp_path / "a" / "class").iterdir()
+        return np.asarray(Image.open(path)), path.stat().st_mtime_ns
+
+    def expected(word: str) -> np.ndarray:
+        return np.asarray(pipeline.sample([f"a photo of a {word}"], seeds=[0])[0])
+
+    man, cat = drawn("m")[0], drawn("k")[0]
+    assert (man != cat).any() and (cat == expected("k")).all()
+    with torch.no_grad():
+        pipeline.base_weight(keys_and_values(pipeline)[0]).mul_(-3)
+    other, when = drawn("k")
+    assert (other == expected("k")).all() and (other != cat).any()
+    again, later = drawn("k", restart=True)
+    assert (again == other).all() and later > when
 
 
 def test_learned_tokens_stop_at_their_norm(pipeline, folder, tmp_path):
@@ -446,14 +469,34 @@ def test_latents_are_what_the_pipeline_decodes(pipeline):
     torch.testing.assert_close(own.latents, mean * pipeline.pipe.vae.config.scaling_factor)
 
 
-def test_transparent_and_turned_pictures_are_read_as_they_are_seen(tmp_path):
-    Image.new("RGBA", (4, 4), (255, 0, 0, 0)).save(tmp_path / "clear.png")
-    turned = Image.new("RGB", (6, 4))
-    exif = turned.getexif()
-    exif[0x0112] = 6  # turn by 90 degrees
-    turned.save(tmp_path / "turned.jpg", exif=exif)
-    (clear, upright), problems = read_folder(tmp_path)
-    assert not problems and clear.image.getpixel((0, 0)) == (255, 255, 255) and upright.image.size == (4, 6)
+@pytest.mark.parametrize("name", ["lora", "edlora"])
+def test_captions_that_are_cut_before_the_concept_are_refused_and_others_warned_of(name, pipeline, tmp_path):
+    call = 2 if name == "edlora" else pipeline.token_count("qq m") - 2
+    room = pipeline.text_length - 2 - call  # for words before the call
+    Image.new("RGB", (16, 16)).save(tmp_path / "1.png")
+    recipe, caption = small(name, steps=1), tmp_path / "1.txt"
+    caption.write_text("m " * room + "<TOK>")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", PromptTruncationWarning)
+        learn(tmp_path, pipeline, recipe)
+    caption.write_text("m " * room + "<TOK> m")
+    with pytest.warns(PromptTruncationWarning, match=r"1 of \d+ captions are longer than the \d+ tokens .*: what is behind does not count"):
+        learn(tmp_path, pipeline, recipe)
+    caption.write_text("m " * (room + 1) + "<TOK>")
+    with pytest.raises(UsageError, match=r"'m m .*\.\.\. names the concept behind the \d+ tokens that the text encoder reads; name it"):
+        learn(tmp_path, pipeline, recipe)
+
+
+def test_a_mask_without_white_where_the_picture_is_trained_is_refused(pipeline, tmp_path):
+    (tmp_path / "masks").mkdir()
+    outside = Image.new("L", (48, 16))  # of which the middle third is trained
+    outside.paste(255, (0, 0, 10, 16))
+    for file, mask in (("1.png", Image.new("L", (48, 16), 127)), ("2.png", outside), ("3.png", Image.new("L", (48, 16), 128))):
+        Image.new("RGB", mask.size).save(tmp_path / file)
+        mask.save(tmp_path / "masks" / file)
+    with pytest.raises(UsageError, match=r"the mask of 1.png is black all over .*8x8 cells; make it white.*the mask of 2.png") as caught:
+        learn(tmp_path, pipeline, small("lora"))
+    assert "3.png" not in str(caught.value)
 
 
 # ---- the work folder
@@ -526,7 +569,7 @@ def test_everything_wrong_is_in_one_message(pipeline, tmp_path):
         learn(tmp_path, pipeline, make_recipe("lora", rank=33, text_rank=40))
     said = str(caught.value)
     for part in (
-        "a.png cannot be read as a picture",
+        "a.png is not a picture that can be read",
         "a.png has no mask in",
         "b.png is 4x4 and its mask 5x4; make them equal",
         "b.txt is empty; write a caption into it, or remove it",

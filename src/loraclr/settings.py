@@ -55,7 +55,7 @@ def parameters(settings: Mapping[str, Any]) -> str:
 
 def read_settings(path: str | Path) -> dict[str, Any]:
     """The settings inside a picture that `generate` wrote. Raises UsageError for another file."""
-    from PIL import Image, UnidentifiedImageError
+    from PIL import Image
 
     try:
         with Image.open(path) as image:
@@ -63,7 +63,7 @@ def read_settings(path: str | Path) -> dict[str, Any]:
             text = getattr(image, "text", {}).get("loraclr")
     except FileNotFoundError as error:
         raise UsageError(f"there is no picture {path}") from error
-    except (UnidentifiedImageError, OSError, SyntaxError) as error:
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
         raise UsageError(f"{path} is not a picture that can be read ({error})") from error
     if text is None:
         raise UsageError(f"{path} holds no settings; give a PNG that loraclr generate wrote, as other programs may strip them when saving")

@@ -139,15 +139,10 @@ def generate(
 
 
 def _control(kind: str, model: Path, image: Path, weight: float) -> Control:
-    from PIL import Image, UnidentifiedImageError
-
     from loraclr.control import Control, load_control
+    from loraclr.pictures import read_picture
 
-    try:
-        with Image.open(image) as opened:
-            seen = opened.convert("RGB")
-    except (UnidentifiedImageError, OSError) as error:
-        raise UsageError(f"--{kind}: {image} is not a picture that can be read ({error})") from error
+    seen = read_picture(image)
     return Control(load_control(kind, model), seen, weight, name=model.name)
 
 

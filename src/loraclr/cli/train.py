@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from loraclr.cli import parse, show
-from loraclr.cli.base import SOURCE, Device
+from loraclr.cli.base import SOURCE, BaseConfig, Device, open_base
 from loraclr.cli.methods import present, record
 from loraclr.errors import UsageError
 
@@ -52,6 +52,7 @@ def train(
     ] = None,
     dtype: Annotated[Literal["fp16", "fp32"], typer.Option(help="Precision of the output.")] = "fp16",
     device: Device = "auto",
+    base_config: BaseConfig = None,
     restart: Annotated[bool, typer.Option("--restart", help="Begin anew where an unfinished training is found.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing FILE.")] = False,
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
@@ -67,7 +68,6 @@ def train(
     import torch
 
     from loraclr.formats import embedding, load_adapter, save_adapter
-    from loraclr.pipeline import Pipeline
     from loraclr.train import RECIPES, make_recipe, parameters
     from loraclr.train import train as run
 
@@ -82,7 +82,7 @@ def train(
         raise UsageError(f"--format {form} cannot hold whole matrices; end the output in .safetensors, or --set rank=8")
     others = [load_adapter(path) for path in beside]
     work = output.with_name(f"{output.name}.train")
-    pipeline = Pipeline.load(base, device=device)
+    pipeline = open_base(base, device, "fp32", offload=False, config=base_config)
     layers = len(pipeline.cross_attention_layers)
     if form == "embedding" and chosen.layerwise and layers != len(embedding.XTI):
         raise UsageError(

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from loraclr.adapter import Adapter, noun_of
 from loraclr.errors import UsageError
+from loraclr.pictures import SUFFIXES, pictures_in, read_picture
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -18,7 +19,6 @@ if TYPE_CHECKING:
 __all__ = ["Subject", "call_of", "fill", "noun_of", "read_prompts", "read_references", "template"]
 
 PLACES = ("{}", "<TOK>")
-ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,13 +68,13 @@ def read_references(folder: str | Path) -> dict[str, list[Image]]:
     root = Path(folder)
     if not root.is_dir():
         raise UsageError(f"{root} is not a folder; give one with pictures, or with CONCEPT/ folders of pictures")
-    inside = {path.name: found for path in sorted(root.iterdir()) if path.is_dir() and (found := _pictures(path))}
-    own = _pictures(root)
+    inside = {path.name: found for path in sorted(root.iterdir()) if path.is_dir() and (found := pictures_in(path))}
+    own = pictures_in(root)
     if bool(inside) == bool(own):
-        seen = "both pictures and folders of pictures" if own else f"no pictures ({', '.join(ENDINGS)})"
+        seen = "both pictures and folders of pictures" if own else f"no pictures ({', '.join(SUFFIXES)})"
         raise UsageError(f"{root} holds {seen}; give either pictures of one concept, or CONCEPT/ folders of pictures")
     chosen = inside or {root.resolve().name: own}
-    return {name: [_read(path) for path in paths] for name, paths in chosen.items()}
+    return {name: [read_picture(path) for path in paths] for name, paths in chosen.items()}
 
 
 def call_of(adapter: Adapter, name: str, *, alone: bool) -> str | None:
@@ -85,17 +85,3 @@ def call_of(adapter: Adapter, name: str, *, alone: bool) -> str | None:
     except (KeyError, ValueError, TypeError):
         return (adapter.call or None) if alone else None
     return stated.get(name) or None
-
-
-def _pictures(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.iterdir() if path.suffix.lower() in ENDINGS)
-
-
-def _read(path: Path) -> Image:
-    from PIL import Image, UnidentifiedImageError
-
-    try:
-        with Image.open(path) as image:
-            return image.convert("RGB")
-    except (UnidentifiedImageError, OSError) as error:
-        raise UsageError(f"{path} is not a picture that can be read ({error}); replace or remove it") from error

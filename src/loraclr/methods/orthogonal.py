@@ -45,7 +45,8 @@ class Orthogonal(Checked):
             if same:
                 shared += same
                 said.append(f"{problem.concepts[i]} and {problem.concepts[j]} share {same} rows of `down`")
-        advice = f"{'; '.join(said)}: they disturb each other there; retrain one with another seed, or use `loraclr`" if said else ""
+        remedy = "retrain one with another `--set index=N` (another seed for rows=random), or use `loraclr`"
+        advice = f"{'; '.join(said)}: they disturb each other there; {remedy}" if said else ""
         return LayerSolution.of_factors(
             torch.cat(ups, 1),
             torch.cat(downs) * self.scale,

@@ -12,12 +12,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from loraclr.errors import UsageError
+from loraclr.pictures import SUFFIXES, pictures_in, read_picture
 from loraclr.pipeline import Pipeline
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".webp")
 PLACEHOLDER = "<TOK>"
 _AT_ONCE = 4  # pictures through the autoencoder
 
@@ -31,31 +32,37 @@ class Shot:
     mask: Image | None = None
 
 
-def read_folder(folder: Path, *, call: str | None = None) -> tuple[list[Shot], list[str]]:
+def read_folder(folder: Path, *, call: str | None = None, latent: tuple[int, int] | None = None) -> tuple[list[Shot], list[str]]:
     """The pictures of a folder in the order of their names, and what is wrong with it, one sentence each.
 
-    A caption file has one caption a line. With `call` every caption must hold it, or `<TOK>`, which becomes it.
+    A caption file has one caption a line. With `call` every caption must hold it, or `<TOK>`, which becomes it. With the height and width
+    `latent` that pictures are brought to, every mask must have some white there.
     """
     if not folder.is_dir():
         return [], [f"there is no folder {folder}; give the folder that holds the pictures"]
-    paths = _pictures(folder)
+    paths = pictures_in(folder)
     if not paths:
         return [], [f"{folder} has no pictures; put some there, ending in {', '.join(SUFFIXES)}"]
     shots: list[Shot] = []
     problems: list[str] = []
     masked = (folder / "masks").is_dir()
     for path in paths:
-        image = _open(path, "RGB", problems)
+        image = _read(path, "RGB", problems)
         captions = _captions(path, call, problems)
         mask = None
         if masked:
-            beside = next((one for one in _pictures(folder / "masks") if one.stem == path.stem), None)
+            beside = next((one for one in pictures_in(folder / "masks") if one.stem == path.stem), None)
             if beside is None:
                 problems.append(f"{path.name} has no mask in {folder / 'masks'}; draw one, white where the concept is")
             else:
-                mask = _open(beside, "L", problems)
+                mask = _read(beside, "L", problems)
         if image and mask and image.size != mask.size:
             problems.append(f"{path.name} is {image.width}x{image.height} and its mask {mask.width}x{mask.height}; make them equal")
+        elif mask and latent and not _cells(mask, latent).any():
+            problems.append(
+                f"the mask of {path.name} is black all over the part that is trained, the middle at {latent[0]}x{latent[1]} cells; "
+                "make it white where the concept is"
+            )
         if image:
             shots.append(Shot(image, captions, mask))
     if doubled := sorted({path.stem for path in paths if [one.stem for one in paths].count(path.stem) > 1}):
@@ -65,27 +72,17 @@ def read_folder(folder: Path, *, call: str | None = None) -> tuple[list[Shot], l
 
 def digest(folder: Path) -> str:
     """SHA-256 over names and contents of pictures, captions and masks."""
-    captions = [path.with_suffix(".txt") for path in _pictures(folder) if path.with_suffix(".txt").exists()]
-    found = [*_pictures(folder), *captions, *(_pictures(folder / "masks") if (folder / "masks").is_dir() else [])]
+    captions = [path.with_suffix(".txt") for path in pictures_in(folder) if path.with_suffix(".txt").exists()]
+    found = [*pictures_in(folder), *captions, *(pictures_in(folder / "masks") if (folder / "masks").is_dir() else [])]
     lines = [f"{hashlib.sha256(path.read_bytes()).hexdigest()}  {path.relative_to(folder).as_posix()}\n" for path in sorted(found)]
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
-def _pictures(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES and not path.name.startswith("."))
-
-
-def _open(path: Path, mode: str, problems: list[str]) -> Image | None:
-    from PIL import Image, ImageOps
-
+def _read(path: Path, mode: str, problems: list[str]) -> Image | None:
     try:
-        with Image.open(path) as file:
-            image = ImageOps.exif_transpose(file)
-            if mode == "RGB" and image.has_transparency_data:  # what is transparent has colours nobody was meant to see
-                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
-            return image.convert(mode)
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:  # what Pillow raises for damaged files
-        problems.append(f"{path} cannot be read as a picture ({error}); remove it or save it anew")
+        return read_picture(path, mode)
+    except UsageError as error:
+        problems.append(str(error))
         return None
 
 
@@ -108,6 +105,14 @@ def _captions(path: Path, call: str | None, problems: list[str]) -> tuple[str, .
     return tuple(texts)
 
 
+def _cells(mask: Image, latent: tuple[int, int]) -> Tensor:
+    """(1, *latent) of 0 and 1: the mask as the loss sees it."""
+    from PIL import Image, ImageOps
+
+    small = ImageOps.fit(mask, (latent[1], latent[0]), Image.Resampling.NEAREST)
+    return torch.from_numpy(np.asarray(small).copy())[None].ge(128).float()
+
+
 class Examples:
     """Pictures as latents, ready to be drawn from. All of them are encoded once.
 
@@ -125,9 +130,7 @@ class Examples:
         self.latents = _encode(pipeline, torch.cat([pixels, pixels.flip(-1)]) if flip else pixels)
         self.masks: Tensor | None = None
         if all(shot.mask is not None for shot in shots):
-            h, w = self.latents.shape[-2:]
-            small = [ImageOps.fit(shot.mask, (w, h), Image.Resampling.NEAREST) for shot in shots if shot.mask is not None]
-            masks = torch.stack([torch.from_numpy(np.asarray(mask).copy()) for mask in small])[:, None].ge(128).float()
+            masks = torch.stack([_cells(shot.mask, self.latent) for shot in shots if shot.mask is not None])
             self.masks = torch.cat([masks, masks.flip(-1)]) if flip else masks
 
     @property

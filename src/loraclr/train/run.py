@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
+import warnings
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -15,7 +17,7 @@ import torch
 from loraclr import __version__
 from loraclr.adapter import Adapter
 from loraclr.errors import UsageError
-from loraclr.pipeline import Pipeline
+from loraclr.pipeline import GUIDANCE, STEPS, Pipeline, PromptTruncationWarning
 from loraclr.train import loop
 from loraclr.train.data import Examples, Shot, digest, read_folder
 from loraclr.train.orthogonal import Orthogonal, warn_of_shared_rows
@@ -79,11 +81,6 @@ def train(
         work_folder.resume(settings)  # another training's folder is an error before any work
     generator = torch.Generator().manual_seed(seed)
     prompts = templates or recipe.templates
-    prior = None
-    if recipe.prior_weight:
-        class_shots = class_shots or _class_shots(base, words, recipe.prior_pictures, work_folder, tell)
-        template = "a photo of a {}" if words.class_word else "a picture"
-        prior = Examples(base, class_shots, templates=[template], call=words.class_word or "", flip=recipe.flip)
     own = Examples(base, shots, templates=prompts, call=words.call, flip=recipe.flip)
 
     def sample(step: int) -> None:
@@ -93,10 +90,15 @@ def train(
 
     every = 0 if work is None else max(1, recipe.steps // 4) if sample_every is None else sample_every
     watch = recipe.watches and own.masks is not None
-    with (
-        nullcontext() if work_folder is None else work_folder.alone(anew=restart),
-        Student(base, generator=generator, bf16=recipe.bf16, watch=watch) as student,
-    ):
+    with ExitStack() as stack:
+        if work_folder:
+            stack.enter_context(work_folder.alone(anew=restart))
+        prior = None
+        if recipe.prior_weight:
+            class_shots = class_shots or _class_shots(base, words, recipe.prior_pictures, work_folder, tell)
+            template = "a photo of a {}" if words.class_word else "a picture"
+            prior = Examples(base, class_shots, templates=[template], call=words.class_word or "", flip=recipe.flip)
+        student = stack.enter_context(Student(base, generator=generator, bf16=recipe.bf16, watch=watch))
         recipe.attach(student, words)
         if beside:
             warn_of_shared_rows(Adapter.of(student.layers(), name or trigger), beside)
@@ -146,14 +148,17 @@ def _checked(
         words = recipe.words(trigger, class_word)
     except UsageError as error:
         problems.append(str(error))
-    shots, found = read_folder(folder, call=words.call if words else None)
+    pixels = base.check_settings(seeds=[], steps=STEPS, guidance=GUIDANCE, size=None)
+    latent = pixels[0] // int(base.pipe.vae_scale_factor), pixels[1] // int(base.pipe.vae_scale_factor)
+    shots, found = read_folder(folder, call=words.call if words else None, latent=latent)
     problems += found
     if words:
-        problems += recipe.problems(base, words)
+        filled = [template.replace("{}", words.call) for template in templates or recipe.templates]
+        problems += recipe.problems(base, words) + _too_long(base, [*_captions(shots), *filled], words)
     class_shots: list[Shot] = []
     if class_folder is not None:
-        class_shots, found = read_folder(class_folder)
-        problems += found
+        class_shots, found = read_folder(class_folder, latent=latent)
+        problems += found + _too_long(base, _captions(class_shots), Words(""))
         if not recipe.prior_weight:
             problems.append(
                 f"pictures of the class are given, but recipe {recipe.name!r} has prior_weight 0; set it to 1, or leave them out"
@@ -174,20 +179,47 @@ def _checked(
     return words, shots, class_shots
 
 
-def _class_shots(base: Pipeline, words: Words, count: int, work: WorkFolder | None, tell: Callable[[str, float], None]) -> list[Shot]:
-    """Pictures of the class as the base draws them, seed by seed; those already in the work folder are taken from there."""
-    from PIL import Image
+def _captions(shots: Sequence[Shot]) -> list[str]:
+    return [caption for shot in shots for caption in shot.captions]
 
+
+def _too_long(base: Pipeline, prompts: Sequence[str], words: Words) -> list[str]:
+    """A sentence for each prompt that is cut before the end of the call; one warning for those that lose words behind it."""
+    limit, problems, cut = base.text_length, [], []
+
+    def count(text: str) -> int:
+        for token in words.tokens:  # the tokenizer does not know them yet, to which each will be one
+            text = re.sub(re.escape(token), " a ", text, flags=re.IGNORECASE)
+        return base.token_count(text)
+
+    for prompt in prompts:
+        named = re.search(re.escape(words.call), prompt, re.IGNORECASE)
+        if named and count(prompt[: named.end()]) > limit:
+            problems.append(f"{prompt[:40]!r}... names the concept behind the {limit} tokens that the text encoder reads; name it earlier")
+        elif count(prompt) > limit:
+            cut.append(prompt)
+    if cut:
+        warnings.warn(
+            f"{len(cut)} of {len(prompts)} captions are longer than the {limit} tokens that the text encoder reads, such as "
+            f"{cut[0][:40]!r}...: what is behind does not count; shorten them",
+            PromptTruncationWarning,
+            stacklevel=4,
+        )
+    return problems
+
+
+def _class_shots(base: Pipeline, words: Words, count: int, work: WorkFolder | None, tell: Callable[[str, float], None]) -> list[Shot]:
+    """Pictures of the class as the base draws them, seed by seed; those that it has drawn already are taken from the work folder."""
+    prompt = f"a photo of a {words.class_word}"
+    size = base.check_settings(seeds=[], steps=STEPS, guidance=GUIDANCE, size=None)
+    drawn_by = {"prompt": prompt, "base": _mark(base), "size": size, "scheduler": base.scheduler_name, "steps": STEPS, "guidance": GUIDANCE}
     shots = []
     for seed in range(count):
-        path = None if work is None else work.path / "class" / f"{seed:04d}.png"
-        if path is not None and path.exists():
-            with Image.open(path) as file:
-                image = file.convert("RGB")
-        else:
-            (image,) = base.sample([f"a photo of a {words.class_word}"], seeds=[seed])
-            if work is not None and path is not None:
-                work.picture(path, image)
+        image = None if work is None else work.class_picture(seed, drawn_by)
+        if image is None:
+            (image,) = base.sample([prompt], seeds=[seed], steps=STEPS, guidance=GUIDANCE)
+            if work is not None:
+                work.keep_class_picture(seed, drawn_by, image)
         shots.append(Shot(image))
         tell("class pictures", (seed + 1) / count)
     return shots

@@ -24,7 +24,7 @@ class WorkFolder:
     """`checkpoint.pt`, `loss.csv`, `loss.png`, `samples/STEP.png` and `class/NUMBER.png` of one training."""
 
     def __init__(self, path: Path) -> None:
-        self.path, self._checkpoint = path, path / "checkpoint.pt"
+        self.path, self._checkpoint, self._class = path, path / "checkpoint.pt", path / "class"
 
     def resume(self, settings: Mapping[str, object]) -> dict[str, Any] | None:
         """The last checkpoint, or None. Raises TrainError if it is not of this training or cannot be read."""
@@ -49,10 +49,14 @@ class WorkFolder:
 
     @contextmanager
     def alone(self, *, anew: bool = False) -> Iterator[None]:
-        """One training at a time; with `anew` it begins at its first step. Raises WriteError where another one is at work."""
+        """One training at a time; with `anew` it begins at its first step, without the class pictures of the last one.
+
+        Raises WriteError where another one is at work.
+        """
         with disk.folder(self.path):
             if anew:
-                self._checkpoint.unlink(missing_ok=True)
+                for path in (self._checkpoint, *self._class.glob("*.png")):
+                    path.unlink(missing_ok=True)
             yield
 
     def curve(self, losses: Sequence[float]) -> None:
@@ -69,8 +73,23 @@ class WorkFolder:
             sheet.paste(image, (number * image.width, 0))
         self._write(self.path / "samples" / f"{step:05d}.png", sheet.save)
 
-    def picture(self, path: Path, image: Image) -> None:
-        self._write(path, image.save)
+    def class_picture(self, number: int, drawn_by: Mapping[str, object]) -> Image | None:
+        """`class/NUMBER.png`, if it is there and says that it was drawn by these settings."""
+        from PIL import Image
+
+        path = self._class / f"{number:04d}.png"
+        if not path.exists():
+            return None
+        with Image.open(path) as file:
+            image = file.convert("RGB")
+            return image if file.info.get("loraclr.class") == json.dumps(drawn_by) else None
+
+    def keep_class_picture(self, number: int, drawn_by: Mapping[str, object], image: Image) -> None:
+        from PIL.PngImagePlugin import PngInfo
+
+        text = PngInfo()
+        text.add_text("loraclr.class", json.dumps(drawn_by))
+        self._write(self._class / f"{number:04d}.png", lambda path: image.save(path, pnginfo=text))
 
     def _write(self, path: Path, write: Callable[[Path], object]) -> None:
         disk.make_folder(path.parent)
