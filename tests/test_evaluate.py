@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,9 +15,11 @@ from PIL import Image
 
 from loraclr.errors import UsageError
 from loraclr.evaluate import (
+    Evaluation,
     FaceJudge,
     Limit,
     PictureJudge,
+    Row,
     Subject,
     Variant,
     call_of,
@@ -195,6 +198,12 @@ def test_estimates_and_differences_draw_concepts_prompts_and_seeds(pipeline, sub
         found.difference("single", "references")
     with pytest.raises(UsageError, match="no row 'mergd'; the rows are references, base, single, merged"):
         found.row("mergd")
+
+
+def test_rows_without_controls_are_compared_with_the_first():
+    rows = [Row(label, ("ada",), ("a {}",), (0,), {"image": torch.tensor([value])}) for label, value in (("alone", 1.0), ("one", 3.0))]
+    found = Evaluation((*rows, replace(rows[1], label="other")), {}).differences()
+    assert [(of, against, estimates["image"].mean) for of, against, estimates in found] == [("one", "alone", 2.0), ("other", "alone", 2.0)]
 
 
 def test_the_report_is_strict_json_that_holds_every_value(pipeline, subjects, tmp_path):

@@ -14,6 +14,8 @@ from loraclr import disk
 from loraclr.errors import UsageError
 from loraclr.evaluate.intervals import Estimate, estimate, paired
 
+BASE, REFERENCES = "base", "references"  # what the controls are called
+
 
 @dataclass(frozen=True, eq=False)
 class Row:
@@ -56,7 +58,7 @@ class Row:
 
 @dataclass(frozen=True, eq=False)
 class Evaluation:
-    """Rows: the control `references`, the control `base` unless it was left out, then the variants in order."""
+    """Rows: the controls that were asked for, `references` and `base`, then the variants in order."""
 
     rows: tuple[Row, ...]
     settings: Mapping[str, Any]
@@ -82,9 +84,9 @@ class Evaluation:
 
     def differences(self) -> list[tuple[str, str, dict[str, Estimate]]]:
         """Every variant against the base where it is there, and the later ones against the first."""
-        labels = [row.label for row in self.rows[1:]]
-        variants = [label for label in labels if label != "base"]
-        pairs = [(label, "base") for label in variants if "base" in labels] + [(label, variants[0]) for label in variants[1:]]
+        labels = [row.label for row in self.rows]
+        variants = [label for label in labels if label not in (BASE, REFERENCES)]
+        pairs = [(label, BASE) for label in variants if BASE in labels] + [(label, variants[0]) for label in variants[1:]]
         return [(label, against, self.difference(label, against)) for label, against in pairs]
 
     def report(self) -> dict[str, Any]:

@@ -22,13 +22,12 @@ from torch import Tensor
 from loraclr import __version__, disk
 from loraclr.adapter import Adapter, LoraLayer
 from loraclr.errors import UsageError
-from loraclr.evaluate.evaluation import Evaluation
+from loraclr.evaluate.evaluation import BASE, REFERENCES, Evaluation
 from loraclr.evaluate.judging import FaceJudge, Judges, PictureJudge
 from loraclr.evaluate.subjects import Subject, fill, template
 from loraclr.generate import Generated, generate
 from loraclr.pipeline import GUIDANCE, STEPS, Pipeline
 
-BASE, REFERENCES = "base", "references"  # the rows that every trial has
 SEEDS = (0, 1, 2, 3)
 
 
