@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,9 +21,9 @@ from loraclr.cli import main
 from loraclr.collect import Concept, collect
 from loraclr.compare import compare, every_method, measure
 from loraclr.compare.page import write_page
-from loraclr.compare.pictures import draw, judge, judge_by_toybox
+from loraclr.compare.pictures import Drawing, by_toybox, draw
 from loraclr.errors import MergeError, UsageError, WriteError
-from loraclr.evaluate import Subject, Variant
+from loraclr.evaluate import Subject
 from loraclr.formats import load_adapter, save_adapter
 from loraclr.merge import merge
 from loraclr.methods import make_method, method_names
@@ -166,9 +167,11 @@ def test_a_page_without_a_base_has_no_measures(adapters, tmp_path):
 
 def test_pictures_are_at_equal_seeds_and_on_the_page(shared, adapters, found, tmp_path):
     before = fingerprint(shared)
-    own = {adapter.name: Variant(adapter) for adapter in adapters[:2]}
-    two = replace(found, settings={**found.settings, "inputs": found.settings["inputs"][:2]})
-    drawn = draw(shared, two, own, tmp_path, prompts=["a {} at night"], seeds=(0, 1), steps=1, guidance=1.0)
+    own = {adapter.name: adapter for adapter in adapters[:2]}
+    drawing = Drawing(
+        [Subject(name, call, "", ()) for name, call in zip(own, CALLS, strict=False)], ["a {} at night"], seeds=(0, 1), **FAST
+    )
+    drawn = draw(shared, found, own, tmp_path, drawing)
     assert fingerprint(shared) == before
     assert [row.label for row in drawn.pictures.rows] == ["alone", "average", "sum-scale=0.3"]
     for row in drawn.pictures.rows:
@@ -179,38 +182,63 @@ def test_pictures_are_at_equal_seeds_and_on_the_page(shared, adapters, found, tm
         )
     alone, average = (tmp_path / "pictures" / label / "ada" / "01-1.png" for label in ("alone", "average"))
     assert alone.read_bytes() != average.read_bytes()
-    assert write_page(drawn, tmp_path / "page.html").read_text().count("data:image/webp") == 6
+    assert not drawn.scores() and write_page(drawn, tmp_path / "page.html").read_text().count("data:image/webp") == 6
+    assert (drawn.pictures.drawn, draw(shared, found, own, tmp_path, drawing).pictures.kept) == (12, 12), "the same are found again"
+    drawing.check(shared, own, ["average"], tmp_path)
+    for other in (replace(drawing, steps=2), replace(drawing, prompts=["a {} at home"])):
+        with pytest.raises(UsageError, match=r"01-0.png is there already and is not of these prompts and settings.*--force"):
+            other.check(shared, own, ["average"], tmp_path)
+        other.check(shared, own, ["average"], tmp_path, replace=True)
 
 
-def test_pictures_are_judged_with_controls_or_by_the_toybox(shared, adapters, found, tmp_path):
-    own = {adapter.name: Variant(adapter) for adapter in adapters}
+def test_pictures_are_judged_with_controls(shared, adapters, found, tmp_path):
+    own = {adapter.name: adapter for adapter in adapters}
     colours = [Image.new("RGB", (16, 16), (k, 90, 200 - k)) for k in (10, 60, 160)]
     subjects = [Subject(name, call, "man", colours) for name, call in zip(own, CALLS, strict=True)]
-    brief = {"prompts": ["a {}"], "steps": 1, "guidance": 1.0}
-    judged = judge(shared, found, own, tmp_path, subjects=subjects, eyes=Eyes(), **brief)
+    judged = draw(shared, found, own, tmp_path, Drawing(subjects, ["a {}"], Eyes(), **FAST))
     assert list(judged.scores()) == ["references", "base", "alone", "average", "sum-scale=0.3"]
     assert set(judged.scores()["average"]) == {"text", "image"}
+    against = [(of, to) for of, to, _ in judged.pictures.differences() if to != "base"]
+    assert against == [("average", "alone"), ("sum-scale=0.3", "alone")]
     text = write_page(judged, tmp_path / "page.html").read_text()
     assert "Scores of pictures" in text and text.count("data:image/webp") == 3 * 4, "base, alone and two merges"
     assert write_page(found, tmp_path / "bare.html").read_text().count("Scores") == 0 == len(found.scores())
-    with pytest.raises(UsageError, match="the toybox does not know ada, ben, cai"):
-        judge_by_toybox(shared, found, own, tmp_path)
 
 
-def test_the_toyboxs_judge_reads_its_own_prompts(tmp_path):
+def toybox(*names: str):
+    """The toybox, adapters of its concepts and their files' comparison."""
     box = open_toybox()
-    paths = dict(list(box.adapter_paths().items())[:2])
-    loaded = {name: load_adapter(path) for name, path in paths.items()}
-    found = compare(list(paths.values()), methods={"average": make_method("average")})
-    own = {name: Variant(adapter) for name, adapter in loaded.items()}
-    judged = judge_by_toybox(box.load(), found, own, tmp_path, steps=1, guidance=1.0, batch_size=16)
-    assert list(judged.scores()) == ["alone", "average"] and set(judged.scores()["alone"]) == {"identity", "right person", "prompt"}
-    row = judged.pictures.rows[1]
-    assert len(row.files) == 2 * len(SCORE_TEMPLATES) and row.concepts[-1] == list(paths)[1]
-    images = [Image.open(tmp_path / file).convert("RGB") for file in row.files]
-    truths = {name: box.concepts[name].attributes for name in paths}
-    by_hand = agreement(box.judge.read(images), [truths[name] for name in row.concepts], box.judge.heads)
-    assert torch.allclose(row.values["identity"], by_hand)
+    paths = [box.adapter_paths(box.concepts[name].split)[name] for name in names]
+    return box, {path.stem: load_adapter(path) for path in paths}, compare(paths, methods={"average": make_method("average")})
+
+
+def test_the_toyboxs_judges_read_its_own_prompts(tmp_path):
+    box, own, found = toybox("rhea", "duna", "ines")
+    drawing = by_toybox({name: adapter.call for name, adapter in own.items()}, **FAST, batch_size=16)
+    judged = draw(box.load(), found, own, tmp_path, drawing)
+    assert list(judged.scores()) == ["references", "base", "alone", "average"]
+    assert set(judged.scores()["alone"]) == {"text", "image", "identity", "right person", "prompt"}
+    row = judged.pictures.row("average")
+    assert len(row.files) == 3 * len(SCORE_TEMPLATES) and row.concepts[-1] == "ines"
+    assert row.values["identity"].isnan().tolist() == [name == "duna" for name in row.concepts]
+    people = [place for place, name in enumerate(row.concepts) if name != "duna"]
+    images = [Image.open(tmp_path / row.files[place]).convert("RGB") for place in people]
+    by_hand = agreement(box.judge.read(images), [box.concepts[row.concepts[place]].attributes for place in people], box.judge.heads)
+    assert torch.allclose(row.values["identity"][people], by_hand)
+    assert "right person" in json.loads((tmp_path / "evaluation.json").read_text())["rows"][3]["estimates"]
+    with pytest.raises(UsageError, match="the toybox does not know ada"):
+        by_toybox({"ada": "ada woman", "rhea": "rhea woman"})
+
+
+def test_the_toyboxs_objects_and_styles_are_judged_by_its_clip(tmp_path):
+    box, own, found = toybox("duna", "kalle")
+    drawing = by_toybox({name: adapter.call for name, adapter in own.items()}, **FAST, batch_size=16)
+    judged = draw(box.load(), found, own, tmp_path, drawing)
+    assert set(judged.scores()["average"]) == {"text", "image"}
+    assert judged.pictures.row("alone").prompts[0] == "a photo of a {} at the beach", "nothing that things do not do"
+
+
+FAST = {"steps": 1, "guidance": 1.0}
 
 
 class Eyes:
@@ -267,3 +295,44 @@ def test_the_command_refuses_before_any_work(tmp_path, capsys):
         code, out, err = call(capsys, "compare", file, *words)
         assert code == 1 and out == "" and said in err, err
     assert not list(Path(tmp_path).iterdir())
+
+
+def test_the_command_checks_pictures_before_it_merges(shared, adapters, tiny_clip, tmp_path, capsys, monkeypatch):
+    shared._pipe.save_pretrained(tmp_path / "base")
+    files = [save_adapter(adapter, tmp_path / f"{adapter.name}.safetensors") for adapter in adapters[:2]]
+    for name in ("ada", "ben"):
+        (tmp_path / "both" / name).mkdir(parents=True)
+        Image.new("RGB", (16, 16), "teal").save(tmp_path / "both" / name / "1.png")
+    (tmp_path / "one" / "ada").mkdir(parents=True)
+    Image.new("RGB", (16, 16), "teal").save(tmp_path / "one" / "ada" / "1.png")
+    (tmp_path / "prompts.txt").write_text("a photo\n")
+
+    def never(*_, **__):
+        raise AssertionError("merged before pictures were checked")
+
+    monkeypatch.setattr(sys.modules["loraclr.compare"], "compare", never)
+    words = ("compare", *files, "--base", tmp_path / "base", "--output", tmp_path / "page.html", "--methods", "average")
+    seen = ("--references", tmp_path / "both", "--judge")
+    for more, said in (
+        (("--prompts", tmp_path / "nowhere.txt"), "nowhere.txt"),
+        (("--prompts", tmp_path / "prompts.txt"), "needs exactly one {}"),
+        (("--size", "7x7"), "7x7"),
+        (("--steps", 0), "0 steps"),
+        (("--judge", "toybox"), "the toybox does not know ada, ben"),
+        ((*seen, f"clip:{tmp_path / 'clip'}", "--class", "man"), "clip"),
+        ((*seen, f"clip:{tiny_clip}"), "what kind of thing is ben"),
+        (("--references", tmp_path / "one", "--judge", f"clip:{tiny_clip}", "--class", "man"), "has no pictures of ben"),
+    ):
+        code, out, err = call(capsys, *words, "--pictures", tmp_path / "drawn", *more)
+        assert code == 1 and out == "" and said in err, err
+    assert not (tmp_path / "drawn").exists() and not (tmp_path / "page.html").exists()
+    monkeypatch.undo()
+    words = (*words, "--pictures", tmp_path / "drawn", "--guidance", 1, "--force", *seen, f"clip:{tiny_clip}", "--class", "man")
+    assert call(capsys, *words, "--steps", 1)[0] == 0
+    report = json.loads((tmp_path / "drawn" / "evaluation.json").read_text())
+    assert [row["label"] for row in report["rows"]] == ["references", "base", "alone", "average"] and len(
+        report["rows"][3]["pictures"]
+    ) == 4
+    (tmp_path / "page.html").unlink()
+    code, _, err = call(capsys, *(word for word in words if word != "--force"), "--steps", 2)
+    assert code == 1 and "01-0.png is there already" in err and not (tmp_path / "page.html").exists()

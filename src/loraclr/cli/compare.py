@@ -17,10 +17,10 @@ from loraclr.cli.options import Batch, CollectionSeed, Guidance, Scratch, Size, 
 from loraclr.errors import UsageError
 
 if TYPE_CHECKING:
+    from loraclr.adapter import Adapter
     from loraclr.compare import Comparison, Entry
-    from loraclr.evaluate import Variant
+    from loraclr.compare.pictures import Drawing
     from loraclr.methods import Method
-    from loraclr.pipeline import Pipeline
 
 TOYBOX = "toybox"
 
@@ -102,9 +102,18 @@ def compare(
 
     from loraclr.compare import compare as run
     from loraclr.compare.page import write_page
+    from loraclr.compare.pictures import draw
+    from loraclr.formats import load_adapter
 
-    chosen = None if methods == ["all"] else _methods(methods)
+    chosen = _methods(methods)
     pipeline = None if base is None else open_base(base, device, base_dtype, offload=offload, config=base_config)
+    drawing, alone = None, {}
+    if pictures is not None and pipeline is not None:
+        alone = {parse.adapter_name(path): load_adapter(path, base=pipeline) for path in files}
+        called = {name: calls.get(name) or adapter.call for name, adapter in alone.items()}
+        settings = {"seeds": range(seeds), "steps": steps, "guidance": guidance, "size": asked, "batch_size": batch}
+        drawing = _drawing(alone, called, prompts, judge, face_judge, references, class_, settings)
+        drawing.check(pipeline, alone, chosen, pictures, replace=force)
 
     def write(found: Comparison) -> None:
         write_page(found, output)
@@ -125,9 +134,8 @@ def compare(
             progress=tell,
         )
         write(found)  # before pictures, which take longest
-        if pictures is not None and pipeline is not None:
-            drawing = {"seeds": range(seeds), "steps": steps, "guidance": guidance, "size": asked, "batch_size": batch, "progress": tell}
-            found = _draw(found, pipeline, files, pictures, prompts, judge, face_judge, references, class_, drawing)
+        if drawing is not None and pipeline is not None and pictures is not None:
+            found = draw(pipeline, found, alone, pictures, drawing, progress=tell)
             write(found)
     if printed:
         show.as_json(found.report())
@@ -179,38 +187,32 @@ def _methods(texts: Sequence[str]) -> dict[str, Method]:
     return found
 
 
-def _draw(
-    found: Comparison,
-    pipeline: Pipeline,
-    files: Sequence[Path],
-    folder: Path,
+def _drawing(
+    adapters: Mapping[str, Adapter],
+    calls: Mapping[str, str],
     prompts: Path | None,
     judge: str | None,
     face: str | None,
     references: Path | None,
     classes: Sequence[str],
-    drawing: dict[str, Any],
-) -> Comparison:
-    from loraclr.compare import pictures
-    from loraclr.evaluate import Variant, read_prompts, read_references
-    from loraclr.formats import load_adapter
+    settings: dict[str, Any],
+) -> Drawing:
+    """What the options say of pictures, all of it read and opened."""
+    from loraclr.compare.pictures import ALONE, PROMPTS, Drawing, by_toybox
+    from loraclr.evaluate import Subject, Variant, read_prompts, read_references
     from loraclr.judges import open_face_judge, open_picture_judge
 
-    adapters = {parse.adapter_name(path): Variant(load_adapter(path, base=pipeline)) for path in files}
     if judge == TOYBOX:
-        return pictures.judge_by_toybox(pipeline, found, adapters, folder, **drawing)
-    drawing["prompts"] = pictures.PROMPTS if prompts is None else read_prompts(prompts)
+        return by_toybox(calls, **settings)
+    settings["prompts"] = PROMPTS if prompts is None else read_prompts(prompts)
     if judge is None or references is None:
-        return pictures.draw(pipeline, found, adapters, folder, **drawing)
+        return Drawing([Subject(name, call, "", ()) for name, call in calls.items()], **settings)
     shown = read_references(references)
     if missing := sorted(set(adapters) - set(shown)):
         raise UsageError(f"--references {references} has no pictures of {', '.join(missing)}; give each a folder of its name")
     shown = {name: shown[name] for name in adapters}
-    calls = [f"{entry['name']}={entry['call']}" for entry in found.settings["inputs"]]
-    own: Mapping[str, Variant] = {pictures.ALONE: Variant({name: variant.of(name) for name, variant in adapters.items()})}
-    subjects = evaluate.subjects_of(shown, own, calls, classes)
-    eyes, seen = open_picture_judge(judge), None if face is None else open_face_judge(face)
-    return pictures.judge(pipeline, found, adapters, folder, subjects=subjects, eyes=eyes, face=seen, **drawing)
+    subjects = evaluate.subjects_of(shown, {ALONE: Variant(adapters)}, [f"{name}={call}" for name, call in calls.items() if call], classes)
+    return Drawing(subjects, judge=open_picture_judge(judge), face=None if face is None else open_face_judge(face), **settings)
 
 
 def _show(found: Comparison, output: Path) -> None:

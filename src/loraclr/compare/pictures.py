@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 
-from loraclr import disk
+from loraclr.adapter import Adapter
 from loraclr.compare.comparison import Comparison
 from loraclr.compare.run import file_name
 from loraclr.errors import UsageError
-from loraclr.evaluate import Evaluation, FaceJudge, PictureJudge, Row, Subject, Variant, evaluate
-from loraclr.evaluate.subjects import fill, template
-from loraclr.generate import generate
+from loraclr.evaluate import Evaluation, FaceJudge, PictureJudge, Row, Subject, Variant, evaluate, read_prompts
+from loraclr.evaluate.evaluation import BASE
+from loraclr.evaluate.subjects import fill
+from loraclr.evaluate.trial import prepared
 from loraclr.pipeline import GUIDANCE, STEPS, Pipeline
+from loraclr.settings import read_settings
 from loraclr.toybox import open_toybox
 from loraclr.toybox.score import SCORE_TEMPLATES, score
 
@@ -24,118 +26,119 @@ ALONE = "alone"
 PROMPTS = ("a photo of a {} in a garden", "a picture of a smiling {} at night")
 
 
-def variants(comparison: Comparison, adapters: Mapping[str, Variant]) -> dict[str, Variant]:
-    """What is drawn, by the name of its folder: each adapter `alone`, then every merge."""
-    alone = Variant({name: variant.of(name) for name, variant in adapters.items()})
-    return {ALONE: alone} | {file_name(entry.label): Variant(entry.result.adapter) for entry in comparison.merged if entry.result}
+@dataclass(frozen=True, eq=False)
+class Drawing:
+    """What is drawn of every method and who judges it. Without a judge no subject needs references, and the base is not drawn."""
+
+    subjects: Sequence[Subject]
+    prompts: Sequence[str] | Mapping[str, str] = PROMPTS
+    judge: PictureJudge | None = None
+    face: FaceJudge | None = None
+    attributes: Mapping[str, Mapping[str, str]] = field(default_factory=dict)  # of the concepts that the toybox's judge reads, too
+    seeds: Sequence[int] = (0,)
+    steps: int = STEPS
+    guidance: float = GUIDANCE
+    size: tuple[int, int] | None = None
+    batch_size: int = 4
+
+    def check(
+        self, pipeline: Pipeline, adapters: Mapping[str, Adapter], methods: Iterable[str], folder: Path, *, replace: bool = False
+    ) -> None:
+        """Raises UsageError before any merge for what cannot be drawn or judged, and without `replace` where `folder` has other pictures.
+
+        Other pictures are those of other prompts, seeds or settings; what is there of the same ones is `evaluate`'s to keep.
+        """
+        given: dict[str, Any] = {"prompts": self.prompts, "judge": self.judge, "face": self.face, "seeds": self.seeds}
+        templates, _ = prepared({ALONE: Variant(adapters)}, self.subjects, batch_size=self.batch_size, **given)
+        size = pipeline.check_settings(seeds=self.seeds, steps=self.steps, guidance=self.guidance, size=self.size)
+        same = {"steps": self.steps, "guidance": self.guidance, "negative": "", "size": list(size)}
+        for label in () if replace else (*([BASE] if self.judge else []), ALONE, *map(file_name, methods)):
+            for subject in self.subjects:
+                words = subject.noun if label == BASE else subject.call
+                for number, text in enumerate(templates, start=1):
+                    for seed in self.seeds:
+                        path = folder / "pictures" / label / subject.name / f"{number:02d}-{seed}.png"
+                        if path.exists() and not _holds(path, same | {"prompt": fill(text, words), "seed": seed}):
+                            raise UsageError(
+                                f"{path} is there already and is not of these prompts and settings; give --pictures another folder, "
+                                "or --force to replace"
+                            )
+
+
+def by_toybox(calls: Mapping[str, str], **settings: Any) -> Drawing:
+    """The toybox's own prompts, references and judges for its own concepts, given the words that call them: image and text by ToyClip, and
+    of people identity, right person and prompt by the attribute judge, each a share. Raises UsageError for other concepts.
+    """
+    box = open_toybox()
+    if unknown := sorted(set(calls) - set(box.concepts)):
+        raise UsageError(f"the toybox does not know {', '.join(unknown)}; give it adapters of its own, or another --judge")
+    attributes = {name: box.concepts[name].attributes for name in calls if box.concepts[name].attributes}
+    places = [prompt for prompt, group in read_prompts(box.prompts_path).items() if group == "context"]  # the others are for people
+    prompts = [text for text, _ in SCORE_TEMPLATES] if attributes else places
+    subjects = [Subject(name, call, box.concepts[name].noun, box.references(name)) for name, call in calls.items()]
+    return Drawing(subjects, prompts, box.clip, attributes=attributes, **settings)
 
 
 def draw(
     pipeline: Pipeline,
     comparison: Comparison,
-    adapters: Mapping[str, Variant],
+    adapters: Mapping[str, Adapter],
     folder: str | Path,
+    drawing: Drawing,
     *,
-    prompts: Sequence[str] = PROMPTS,
-    seeds: Sequence[int] = (0,),
-    steps: int = STEPS,
-    guidance: float = GUIDANCE,
-    size: tuple[int, int] | None = None,
-    batch_size: int = 4,
     progress: Callable[[str, float], None] | None = None,
 ) -> Comparison:
-    """Every concept under every prompt and seed, to FOLDER/pictures/METHOD/CONCEPT/. `adapters` are by concept."""
-    templates = [template(prompt) for prompt in prompts]
-    rows, calls, root = [], _calls(comparison), Path(folder)
-    wanted = variants(comparison, adapters)
-    with disk.folder(root):
-        for number, (label, variant) in enumerate(wanted.items()):
-            files: list[str] = []
-            for name, call in calls.items():
-                inside = root / "pictures" / label / name
-                with pipeline.applied(variant.of(name)) if variant is not None else nullcontext():
-                    made = generate(
-                        pipeline,
-                        [fill(text, call) for text in templates],
-                        seeds=seeds,
-                        steps=steps,
-                        guidance=guidance,
-                        size=size,
-                        batch_size=batch_size,
-                    )
-                    for place, picture in enumerate(made):
-                        path = inside / f"{place // len(seeds) + 1:02d}-{picture.seed}.png"
-                        files.append(picture.save(path).relative_to(root).as_posix())
-            rows.append(_row(label, files, calls, templates, seeds))
-            if progress:
-                progress("drawing", (number + 1) / len(wanted))
-    found = Evaluation(tuple(rows), {"prompts": templates, "seeds": list(seeds), "steps": steps, "guidance": guidance})
-    return replace(comparison, pictures=found, folder=root)
+    """The comparison with pictures, drawn and judged by `evaluate`: an interrupted run goes on where it stopped. `adapters` are by concept.
 
-
-def judge_by_toybox(
-    pipeline: Pipeline, comparison: Comparison, adapters: Mapping[str, Variant], folder: str | Path, **drawing: object
-) -> Comparison:
-    """`draw` of the toybox's scoring prompts, read by its attribute judge: identity, right person and prompt, each a share."""
-    box = open_toybox()
-    unknown = sorted(set(_calls(comparison)) - set(box.concepts))
-    if unknown:
-        raise UsageError(f"the toybox does not know {', '.join(unknown)}; give it adapters of its own, or another --judge")
-    prompts = [text for text, _ in SCORE_TEMPLATES]
-    drawn = draw(pipeline, comparison, adapters, folder, prompts=prompts, **drawing)  # type: ignore[arg-type]
-    assert drawn.pictures is not None
-    told = dict(SCORE_TEMPLATES)
-    candidates = {name: box.concepts[name].attributes for name in _calls(comparison)}
-    rows = []
-    for row in drawn.pictures.rows:
-        images = [Image.open(Path(folder) / file).convert("RGB") for file in row.files]
-        scores = score(images, row.concepts, [told[prompt] for prompt in row.prompts], judge=box.judge, candidates=candidates)
-        values = {"identity": scores.identity, "right person": scores.named, "prompt": scores.told}
-        rows.append(replace(row, values=values))
-    return replace(drawn, pictures=replace(drawn.pictures, rows=tuple(rows)))
-
-
-def judge(
-    pipeline: Pipeline,
-    comparison: Comparison,
-    adapters: Mapping[str, Variant],
-    folder: str | Path,
-    *,
-    subjects: Sequence[Subject],
-    eyes: PictureJudge,
-    face: FaceJudge | None = None,
-    prompts: Sequence[str] = PROMPTS,
-    seeds: Sequence[int] = (0,),
-    steps: int = STEPS,
-    guidance: float = GUIDANCE,
-    size: tuple[int, int] | None = None,
-    batch_size: int = 4,
-    progress: Callable[[str, float], None] | None = None,
-) -> Comparison:
-    """The same drawn and judged by `evaluate`, with its controls; an interrupted run goes on where it stopped."""
+    They go to FOLDER/pictures/METHOD/CONCEPT/, each adapter's own to `alone` in place of METHOD.
+    """
+    merged = {file_name(entry.label): Variant(entry.result.adapter) for entry in comparison.merged if entry.result}
     found = evaluate(
         pipeline,
-        variants(comparison, adapters),
-        subjects,
-        prompts=prompts,
-        judge=eyes,
-        face=face,
+        {ALONE: Variant(adapters), **merged},
+        drawing.subjects,
+        prompts=drawing.prompts,
+        judge=drawing.judge,
+        face=drawing.face,
         output=folder,
-        seeds=seeds,
-        steps=steps,
-        guidance=guidance,
-        size=size,
-        batch_size=batch_size,
+        seeds=drawing.seeds,
+        steps=drawing.steps,
+        guidance=drawing.guidance,
+        size=drawing.size,
+        batch_size=drawing.batch_size,
+        control=drawing.judge is not None,
         progress=progress,
     )
+    if drawing.attributes:
+        found = _read(found, Path(folder), drawing.attributes)
     return replace(comparison, pictures=found, folder=Path(folder))
 
 
-def _calls(comparison: Comparison) -> dict[str, str]:
-    return {str(entry["name"]): str(entry["call"]) for entry in comparison.settings["inputs"]}
+def _holds(path: Path, settings: Mapping[str, object]) -> bool:
+    try:
+        stated = read_settings(path)
+    except UsageError:
+        return False
+    return all(stated[name] == value for name, value in settings.items())
 
 
-def _row(label: str, files: Sequence[str], concepts: Iterable[str], prompts: Sequence[str], seeds: Sequence[int]) -> Row:
-    places = [(name, prompt, seed) for name in concepts for prompt in prompts for seed in seeds]
-    names, texts, numbers = zip(*places, strict=True)
-    return Row(label, names, texts, numbers, {}, tuple(files))
+def _read(found: Evaluation, folder: Path, attributes: Mapping[str, Mapping[str, str]]) -> Evaluation:
+    """With what the attribute judge makes of the pictures of these concepts; NaN for the others."""
+    box, told = open_toybox(), dict(SCORE_TEMPLATES)
+
+    def read(row: Row) -> Row:
+        places = [place for place, name in enumerate(row.concepts) if row.files and name in attributes]
+        if not places:
+            return row
+        people, truths = [row.concepts[place] for place in places], [told[row.prompts[place]] for place in places]
+        images = [Image.open(folder / row.files[place]).convert("RGB") for place in places]
+        scores = score(images, people, truths, judge=box.judge, candidates=attributes)
+        values = dict(row.values)
+        for name, value in {"identity": scores.identity, "right person": scores.named, "prompt": scores.told}.items():
+            values[name] = value.new_full((len(row.concepts),), float("nan"))
+            values[name][places] = value
+        return replace(row, values=values)
+
+    result = replace(found, rows=tuple(map(read, found.rows)))
+    result.save(folder / "evaluation.json")
+    return result

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
@@ -59,27 +60,20 @@ class Judges:
                     "another face judge, or none"
                 )
 
-    def row(
-        self,
-        label: str,
-        paths: Sequence[Path],
-        jobs: Sequence[tuple[int, int]],
-        *,
-        output: Path,
-        tell: Callable[[str, float], None],
-    ) -> Row:
-        """Judge `paths`, concept by concept and in each job by job."""
+    def judged(self, row: Row, output: Path, *, tell: Callable[[str, float], None]) -> Row:
+        """The row with the values of its pictures, which lie in `output`, concept by concept and in each prompt by prompt."""
         from PIL import Image
 
+        paths, label = [output / file for file in row.files], row.label
         seen, faces = [], []
         for start in range(0, len(paths), _AT_ONCE):
             images = [Image.open(path).convert("RGB") for path in paths[start : start + _AT_ONCE]]
             seen.append(self.judge.embed_images(images))
             faces += self.face.embed_faces(images) if self.face is not None else []
             tell(f"judging {label}", min(1.0, (start + _AT_ONCE) / len(paths)))
-        pictures, count = torch.cat(seen), len(jobs)
+        pictures, count = torch.cat(seen), len(paths) // len(self.subjects)
         asked = torch.arange(len(self.subjects)).repeat_interleave(count)
-        numbers = [number for number, _ in jobs]
+        numbers = [self.templates.index(prompt) for prompt in row.prompts[:count]]
         told = torch.cat([self.said[subject.noun][numbers] for subject in self.subjects])
         values = {
             "text": metrics.clip_score(pictures, told),
@@ -98,16 +92,7 @@ class Judges:
                 accepted = limit.accepts(metrics.closest(faces, metrics.centres(self.known, limit), limit))
                 values["leakage"] = metrics.leakage(accepted, asked)
                 confusion = metrics.confusion(accepted, asked).tolist()
-        return Row(
-            label,
-            tuple(subject.name for subject in self.subjects for _ in jobs),
-            tuple(self.templates[number] for _ in self.subjects for number, _ in jobs),
-            tuple(seed for _ in self.subjects for _, seed in jobs),
-            values,
-            tuple(path.relative_to(output).as_posix() for path in paths),
-            confusion,
-            curve,
-        )
+        return replace(row, values=values, confusion=confusion, curve=curve)
 
     def references(self, label: str) -> Row:
         """Each reference against the others of its concept, NaN where these have no face. No text; concepts of one picture are left out."""

@@ -22,7 +22,7 @@ from torch import Tensor
 from loraclr import __version__, disk
 from loraclr.adapter import Adapter, LoraLayer
 from loraclr.errors import UsageError
-from loraclr.evaluate.evaluation import BASE, REFERENCES, Evaluation
+from loraclr.evaluate.evaluation import BASE, REFERENCES, Evaluation, Row
 from loraclr.evaluate.judging import FaceJudge, Judges, PictureJudge
 from loraclr.evaluate.subjects import Subject, fill, template
 from loraclr.generate import Generated, generate
@@ -48,7 +48,7 @@ def evaluate(
     subjects: Sequence[Subject],
     *,
     prompts: Sequence[str] | Mapping[str, str],
-    judge: PictureJudge,
+    judge: PictureJudge | None,
     output: str | Path,
     face: FaceJudge | None = None,
     seeds: Sequence[int] = SEEDS,
@@ -65,13 +65,12 @@ def evaluate(
     The control `base` has no adapter and the class noun in place of the call; `references` is how the judges rate each reference
     picture against the others of its concept, which is about the best that generated pictures can reach. `control` False leaves `base`
     out, where another trial of the same prompts and seeds has it. `prompts` hold one {} or
-    <TOK> each for the concept's words. Pictures go to OUTPUT/pictures/LABEL/CONCEPT/, the result to OUTPUT/evaluation.json. Without
-    a face judge there is no identity. Raises UsageError with everything that is wrong with the arguments before anything is drawn, and
-    WriteError where another trial is at work in OUTPUT.
+    <TOK> each for the concept's words. Pictures go to OUTPUT/pictures/LABEL/CONCEPT/, the result to OUTPUT/evaluation.json. Without a face
+    judge there is no identity, without any judge nothing but pictures. Raises UsageError with everything that is wrong with the arguments
+    before anything is drawn, and WriteError where another trial is at work in OUTPUT.
     """
-    templates = [template(prompt) for prompt in prompts]
     wanted = {label: variant if isinstance(variant, Variant) else Variant(variant) for label, variant in variants.items()}
-    _check(wanted, subjects, templates, seeds, batch_size)
+    templates, judges = prepared(wanted, subjects, prompts=prompts, judge=judge, face=face, seeds=seeds, batch_size=batch_size)
     pixels = pipeline.check_settings(seeds=seeds, steps=steps, guidance=guidance, size=size)
     settings: dict[str, object] = {
         "weights": _digest_of_base(pipeline),
@@ -86,9 +85,8 @@ def evaluate(
     draw = partial(generate, pipeline, steps=steps, guidance=guidance, negative=negative, size=pixels, batch_size=batch_size)
     tell = progress or (lambda what, share: None)
     root = Path(output)
-    judges = Judges(judge, face, subjects, templates)
-    jobs = [(number, seed) for number in range(len(templates)) for seed in seeds]
-    drawn, rows = 0, [judges.references(REFERENCES)]
+    jobs = [(prompt, seed) for prompt in templates for seed in seeds]
+    drawn, rows = 0, [] if judges is None else [judges.references(REFERENCES)]
     shown = root / "pictures"
     labels: list[tuple[str, Variant | None]] = [*([(BASE, None)] if control else []), *wanted.items()]
     unlike = {id(adapter): adapter for variant in wanted.values() for adapter in map(variant.of, (one.name for one in subjects))}
@@ -116,7 +114,15 @@ def evaluate(
                         tell(f"drawing {label}", (index + pictures.index(picture) / len(pictures)) / len(subjects))
                 paths += [picture.path for picture in pictures]
             tell(f"drawing {label}", 1.0)
-            rows.append(judges.row(label, paths, jobs, output=root, tell=tell))
+            row = Row(
+                label,
+                tuple(subject.name for subject in subjects for _ in jobs),
+                tuple(prompt for prompt, _ in jobs) * len(subjects),
+                tuple(seed for _, seed in jobs) * len(subjects),
+                {},
+                tuple(path.relative_to(root).as_posix() for path in paths),
+            )
+            rows.append(row if judges is None else judges.judged(row, root, tell=tell))
     result = Evaluation(
         tuple(rows),
         {
@@ -125,7 +131,7 @@ def evaluate(
             "prompts": templates,
             "groups": {template(text): group for text, group in prompts.items() if group} if isinstance(prompts, Mapping) else {},
             "seeds": list(seeds),
-            "judge": judge.name,
+            "judge": None if judge is None else judge.name,
             "face_judge": None if face is None else face.name,
             "limit": None if face is None else {"value": face.limit.value, "kind": face.limit.kind},
             "concepts": [{"name": one.name, "call": one.call, "class": one.noun, "references": len(one.references)} for one in subjects],
@@ -146,9 +152,18 @@ def evaluate(
     return result
 
 
-def _check(
-    variants: Mapping[str, Variant], subjects: Sequence[Subject], templates: Sequence[str], seeds: Sequence[int], batch_size: int
-) -> None:
+def prepared(
+    variants: Mapping[str, Variant],
+    subjects: Sequence[Subject],
+    *,
+    prompts: Sequence[str] | Mapping[str, str],
+    judge: PictureJudge | None,
+    face: FaceJudge | None,
+    seeds: Sequence[int],
+    batch_size: int,
+) -> tuple[list[str], Judges | None]:
+    """The prompts as templates, and the judges with what they make of the references. Raises UsageError as `evaluate` does."""
+    templates = [template(prompt) for prompt in prompts]
     names = [subject.name for subject in subjects]
     problems = []
     if not variants or not subjects or not templates or not seeds or batch_size < 1:
@@ -163,9 +178,13 @@ def _check(
     for label, variant in variants.items():
         if not isinstance(variant.adapters, Adapter) and (lacking := sorted(set(names) - set(variant.adapters))):
             problems.append(f"{label} has no adapter of {', '.join(lacking)}")
-    problems += [f"concept {subject.name} has no reference pictures" for subject in subjects if not subject.references]
+    if judge is not None:
+        problems += [f"concept {subject.name} has no reference pictures" for subject in subjects if not subject.references]
+    elif face is not None:
+        problems.append("a face judge is beside a judge of pictures; give both")
     if problems:
         raise UsageError("; ".join(problems))
+    return templates, None if judge is None else Judges(judge, face, subjects, templates)
 
 
 @dataclass(frozen=True)
