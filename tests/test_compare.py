@@ -18,14 +18,14 @@ from PIL import Image
 from loraclr.adapter import Adapter, DenseLayer
 from loraclr.cli import compare as command
 from loraclr.cli import main
-from loraclr.collect import Concept, collect
+from loraclr.collect import QUICK, Concept, collect
 from loraclr.compare import compare, every_method, measure
 from loraclr.compare.page import write_page
 from loraclr.compare.pictures import Drawing, by_toybox, draw
 from loraclr.errors import MergeError, UsageError, WriteError
 from loraclr.evaluate import Subject
 from loraclr.formats import load_adapter, save_adapter
-from loraclr.merge import merge
+from loraclr.merge import MergeWarning, merge
 from loraclr.methods import make_method, method_names
 from loraclr.methods.problem import LayerProblem, residuals
 from loraclr.pipeline import Pipeline
@@ -131,6 +131,23 @@ def test_what_would_fail_for_all_is_said_at_once(shared, adapters, tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(WriteError, match="file"):
         compare(adapters, methods={"average": make_method("average")}, keep=tmp_path / "file")
+
+
+def test_blocks_weigh_what_is_merged_and_what_it_is_measured_by(shared, adapters):
+    blocks = {"ada": [0.0, *(0.5 + 0.1 * number for number in range(10))]}
+    found = compare(adapters[:1], base=shared, methods={"sum": make_method("sum")}, block_weights=blocks, collection=SMALL).entries[0]
+    assert found.result.adapter == merge(adapters[:1], base=shared, method="sum", block_weights=blocks).adapter
+    assert found.measure.residual("fit") < 1e-6 and TEXT[0] not in {name for name, row in found.measure.fit.items() if row}
+    with pytest.raises(UsageError, match="ada has 1 block weights; 11 are needed"):
+        compare(adapters, base=shared, methods={"sum": make_method("sum")}, block_weights={"ada": [1.0]})
+
+
+def test_what_is_allowed_is_merged(adapters):
+    fast = [adapters[0].with_(name="lcm-lora 4 steps"), adapters[1]]
+    with pytest.raises(MergeError, match="--allow distilled"):
+        compare(fast, methods={"sum": make_method("sum")})
+    with pytest.warns(MergeWarning):
+        assert compare(fast, methods={"sum": make_method("sum")}, allow=["distilled"]).merged
 
 
 def test_the_seed_is_the_collections_unless_it_is_given(adapters):
@@ -280,6 +297,19 @@ def test_the_command_writes_a_page_and_json_and_says_what_was_left_out(adapters,
     assert call(capsys, *words)[2].endswith("page.html exists already; give another name, or --force to replace")
     code, out, _ = call(capsys, *words[:-1], "-", "--force")
     assert code == 0 and json.loads(out)["methods"][0]["rank"] is not None
+
+
+def test_the_command_passes_on_what_merge_takes(adapters, tmp_path, capsys, monkeypatch):
+    files = [save_adapter(adapter, tmp_path / f"{adapter.name}.safetensors") for adapter in adapters]
+    given = {}
+
+    def seen(*_, **settings):
+        given.update(settings)
+        raise MergeError("enough")
+
+    monkeypatch.setattr(sys.modules["loraclr.compare"], "compare", seen)
+    call(capsys, "compare", *files, "--output", tmp_path / "p.html", "--block-weights", "ada=0,0.5,2", "--allow", "edit", "--quick")
+    assert (given["block_weights"], given["allow"], given["collection"]) == ({"ada": [0, 0.5, 2]}, ["edit"], QUICK)
 
 
 def test_the_command_refuses_before_any_work(tmp_path, capsys):

@@ -13,7 +13,7 @@ from rich.text import Text
 from loraclr import disk
 from loraclr.cli import evaluate, parse, show
 from loraclr.cli.base import SOURCE, BaseConfig, BaseDtype, Device, Offload, open_base
-from loraclr.cli.options import Batch, CollectionSeed, Guidance, Scratch, Size, Steps, Triggers, Weights
+from loraclr.cli.options import Allow, Batch, BlockWeights, CollectionSeed, Guidance, Quick, Scratch, Size, Steps, Triggers, Weights
 from loraclr.errors import UsageError
 
 if TYPE_CHECKING:
@@ -44,9 +44,12 @@ def compare(
     ] = None,
     keep: Annotated[Path | None, typer.Option(metavar="DIR", help="Keep every merged file; made if missing.", show_default=False)] = None,
     weight: Weights = [],  # noqa: B006
+    block_weights: BlockWeights = [],  # noqa: B006
     trigger: Triggers = [],  # noqa: B006
     rank: Annotated[int | None, typer.Option(min=1, help="The most per layer.", show_default="what each solution needs")] = None,
     seed: CollectionSeed = 0,
+    quick: Quick = False,
+    allow: Allow = [],  # noqa: B006
     pictures: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Draw every method at equal seeds into this folder.", show_default=False)
     ] = None,
@@ -98,8 +101,10 @@ def compare(
         _check(path, force=force)
     asked = None if size is None else parse.size(size)
     weights = parse.weights(weight, [parse.adapter_name(path) for path in files])
+    blocks = parse.block_weights(block_weights)
     calls = dict(parse.pair(text, "--trigger") for text in trigger)
 
+    from loraclr.collect import QUICK
     from loraclr.compare import compare as run
     from loraclr.compare.page import write_page
     from loraclr.compare.pictures import draw
@@ -126,9 +131,12 @@ def compare(
             base=pipeline,
             methods=chosen,
             weights=weights,
+            block_weights=blocks,
             calls=calls,
             rank=rank,
             seed=seed,
+            collection=QUICK if quick else None,
+            allow=allow,
             keep=keep,
             scratch=scratch or output.absolute().parent,
             progress=tell,

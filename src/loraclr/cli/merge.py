@@ -12,7 +12,7 @@ from rich.text import Text
 
 from loraclr.cli import parse, show
 from loraclr.cli.base import SOURCE, BaseConfig, BaseDtype, Device, Offload, open_base
-from loraclr.cli.options import CollectionSeed, Scratch, Triggers, Weights
+from loraclr.cli.options import Allow, BlockWeights, CollectionSeed, Quick, Scratch, Triggers, Weights
 
 if TYPE_CHECKING:
     from loraclr.merge import LayerReceipt, MergeResult
@@ -27,15 +27,7 @@ def merge(
         list[str], typer.Option("--set", metavar="KEY=VALUE", help="A parameter of the method; repeatable.", show_default=False)
     ] = [],  # noqa: B006
     weight: Weights = [],  # noqa: B006
-    block_weights: Annotated[
-        list[str],
-        typer.Option(
-            metavar="NAME=N,N,...",
-            help="Strength of an adapter by block: BASE, then each attention block in the order down, mid, up "
-            "(17 numbers for Stable Diffusion 1); repeatable.",
-            show_default=False,
-        ),
-    ] = [],  # noqa: B006
+    block_weights: BlockWeights = [],  # noqa: B006
     trigger: Triggers = [],  # noqa: B006
     rank: Annotated[int | None, typer.Option(min=1, help="The most per layer.", show_default="what the solution needs")] = None,
     format: Annotated[
@@ -43,16 +35,8 @@ def merge(
     ] = "kohya",
     dtype: Annotated[Literal["fp16", "fp32"], typer.Option(help="Precision of the output.")] = "fp16",
     seed: CollectionSeed = 0,
-    quick: Annotated[
-        bool,
-        typer.Option(
-            "--quick", help="A tenth of the passes through the UNet, in bfloat16 if the device can: for large models without GPU."
-        ),
-    ] = False,
-    allow: Annotated[
-        list[str],
-        typer.Option(metavar="CHECK", help="Merge in spite of distilled, edit or prediction; repeatable.", show_default=False),
-    ] = [],  # noqa: B006
+    quick: Quick = False,
+    allow: Allow = [],  # noqa: B006
     no_sources: Annotated[bool, typer.Option("--no-sources", help="Leave out of the file what it was merged from.")] = False,
     measure: Annotated[bool, typer.Option("--measure", help="Report residuals also for methods that need no features.")] = False,
     device: Device = "auto",

@@ -15,6 +15,21 @@ Weights = Annotated[
     list[str],
     typer.Option(metavar="[NAME=]NUMBER", help="Strength of an adapter, by its file's name or in order; repeatable.", show_default="1"),
 ]
+BlockWeights = Annotated[
+    list[str],
+    typer.Option(
+        metavar="NAME=N,N,...",
+        help="Strength of an adapter by block: BASE, then each attention block in the order down, mid, up "
+        "(17 numbers for Stable Diffusion 1); repeatable.",
+        show_default=False,
+    ),
+]
+Allow = Annotated[
+    list[str],
+    typer.Option(metavar="CHECK", help="Merge in spite of distilled, edit or prediction; repeatable.", show_default=False),
+]
+QUICK = "A tenth of the passes through the UNet, in bfloat16 if the device can: for large models without GPU."
+Quick = Annotated[bool, typer.Option("--quick", help=QUICK)]
 CollectionSeed = Annotated[int, typer.Option(help="Of the noise that features are collected on.")]
 SCRATCH = "Where statistics go that do not fit into memory; nothing stays."
 Scratch = Annotated[

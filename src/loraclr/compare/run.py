@@ -12,6 +12,7 @@ from pathlib import Path
 
 from loraclr import disk
 from loraclr.adapter import Adapter
+from loraclr.blocks import weighted
 from loraclr.collect import Collection, Concept
 from loraclr.compare.comparison import Comparison, Entry
 from loraclr.compare.measures import measure
@@ -38,15 +39,18 @@ def compare(
     base: Pipeline | None = None,
     methods: Mapping[str, Method] | None = None,
     weights: Sequence[float] | None = None,
+    block_weights: Mapping[str, Sequence[float]] | None = None,
     calls: Mapping[str, str] | None = None,
     rank: int | None = None,
     seed: int | None = None,
     collection: Collection | None = None,
+    allow: Sequence[str] = (),
     keep: str | Path | None = None,
     scratch: str | Path | None = None,
     progress: Callable[[str, float], None] | None = None,
 ) -> Comparison:
-    """Merge the adapters (or their files) with every one of `methods`, by label; all of `every_method` without.
+    """Merge the adapters (or their files) with every one of `methods`, by label; all of `every_method` without. What is not said of an
+    argument here is as in `merge`.
 
     Every method collects for itself what it learns from, as in `merge`. Residuals, strength and cross-talk are measured afterwards, for all
     methods on the same features: those of each concept's own adapter, on the prompts of `collection`. A method that these inputs do not
@@ -61,6 +65,7 @@ def compare(
     silent = [one.name for one in loaded if base is not None and not ((calls or {}).get(one.name) or one.call)]
     if silent:
         raise MergeError(f"{', '.join(silent)}: no trigger words; give them with --trigger NAME=WORDS")
+    meant = weighted(loaded, block_weights or {}, None if base is None else base.cross_attention_layers)
     if keep is not None:
         disk.make_folder(Path(keep))
     seed = (collection or Collection()).seed if seed is None else seed
@@ -81,10 +86,12 @@ def compare(
                     base=base,
                     method=method,
                     weights=weights,
+                    block_weights=block_weights,
                     calls=calls,
                     rank=rank,
                     seed=seed,
                     collection=collection,
+                    allow=allow,
                     progress=tell,
                     scratch=scratch,
                 )
@@ -113,7 +120,7 @@ def compare(
     }
     if base is None:
         return Comparison(tuple(entries), settings)
-    concepts = [Concept(adapter, str(entry["call"]), float(entry["weight"])) for adapter, entry in zip(loaded, first.inputs, strict=True)]
+    concepts = [Concept(adapter, str(entry["call"]), float(entry["weight"])) for adapter, entry in zip(meant, first.inputs, strict=True)]
     if not any(len(adapter) for adapter in loaded):
         return Comparison(tuple(entries), settings)
     merges = {entry.label: entry.result.adapter for entry in done if entry.result is not None}
