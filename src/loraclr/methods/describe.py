@@ -17,7 +17,8 @@ INTRODUCTION = """\
 
 Made by `make docs` from the methods themselves. One layer at a time: `D_i` is the delta of concept `i`, `w_i` its weight, `X_i` what the
 layer saw on its prompts, `G_i = X_i^T X_i`, `A_i` and `B_i` its `down` and `up`. A parameter is given as `--set NAME=VALUE`, a preset as
-`--method NAME:PRESET`. All methods take weights per adapter (`--weight`) and per block (`--block-weights`).
+`--method NAME:PRESET`. With every method `merge` and `compare` take weights per adapter (`--weight`) and per block (`--block-weights`), and
+`pack build` those per adapter.
 """
 
 
