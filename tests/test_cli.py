@@ -327,6 +327,46 @@ def test_merge_with_a_base_shows_a_receipt_of_the_stages(call, model, base, tmp_
     assert receipt["parameters"]["ridge"] == 0.1 and 0 < receipt["residual"]["fit"] < 2 and len(receipt["layers"]) == 5
 
 
+@pytest.fixture
+def prompts(tmp_path):
+    """Files of prompts with and without a concept."""
+    (tmp_path / "with.txt").write_text("a <TOK> on a table\n[close]\na {} in a box\n[held out]\na {} outside\n")
+    (tmp_path / "without.txt").write_text("a vase\na cup\n")
+    return tmp_path / "with.txt", tmp_path / "without.txt"
+
+
+def test_merge_learns_from_prompts_of_files(call, model, base, prompts, tmp_path):
+    paths = [
+        save_adapter(concept(model, name, KEYS, rank=2, seed=seed, triggers=(f"{name} cup",)), tmp_path / f"{name}.safetensors")
+        for seed, name in enumerate(("dee", "eli"))
+    ]
+    given, target = ("merge", *paths, "--base", base, "--json", "--output"), tmp_path / "two.safetensors"
+    code, out, _ = call(*given, target, "--prompts", prompts[0], "--preserve", prompts[1])
+    said = json.loads(out)["collection"]
+    assert code == 0 and said["fit"] == ["a {} on a table", "a {} in a box"] and said["held_out"] == ["a {} outside"]
+    assert said["preserve"] == ["", "a vase", "a cup"] and said["steps"] == 8
+    assert json.loads(load_adapter(target).metadata["loraclr.receipt"])["collection"]["fit"] == said["fit"], "for who collects again"
+    assert call("verify", target, *paths, "--base", base)[0] == 0
+    out = call(*given, tmp_path / "three.safetensors", "--preserve", prompts[1], "--method", "custom-diffusion")[1]
+    said = json.loads(out)["collection"]
+    assert said["fit"] == ["photo of a {}", "{}"] and said["preserve"] == ["", "a vase", "a cup"]
+    assert "fit" not in json.loads(load_adapter(tmp_path / "three.safetensors").metadata["loraclr.receipt"])["collection"]
+
+
+def test_prompts_that_nobody_reads_are_refused(call, monkeypatch, base, files, prompts, tmp_path):
+    monkeypatch.setattr(module("pipeline").Pipeline, "load", lambda *_, **__: pytest.fail("work was done"))
+
+    def refused(*words):
+        return error(call("merge", *files, "--base", base, "--output", tmp_path / "out.safetensors", *words))
+
+    assert "sum learns from no prompts; leave it out, or add --measure" in refused("--method", "sum", "--prompts", prompts[0])
+    assert "regmean with these parameters preserves no prompts" in refused("--method", "regmean", "--preserve", prompts[1])
+    assert "preserves no prompts" in refused("--set", "preservation=0", "--preserve", prompts[1])
+    assert "needs exactly one {}" in refused("--prompts", prompts[1])
+    assert "to be without any concept" in refused("--preserve", prompts[0])
+    assert "nowhere.txt" in refused("--prompts", tmp_path / "nowhere.txt")
+
+
 @pytest.mark.parametrize(
     ("format", "name"),
     [("kohya", "m.safetensors"), ("diffusers", "m.safetensors"), ("peft", "m"), ("edlora", "m.pth"), ("diff", "m.safetensors")],

@@ -29,6 +29,7 @@ from loraclr.evaluate import (
     image_alignment,
     interval,
     noun_of,
+    read_captions,
     read_prompts,
     read_references,
 )
@@ -331,6 +332,16 @@ def test_prompts_from_a_file(tmp_path):
     path.write_bytes(b"\xff\xfe")
     with pytest.raises(UsageError, match="no UTF-8 text"):
         read_prompts(path)
+
+
+def test_captions_from_a_file(tmp_path):
+    path = tmp_path / "captions.txt"
+    path.write_text("# ours\na vase\n\n a  cup\na vase\n")
+    assert read_captions(path) == ["a vase", "a cup"]
+    for text, said in (("a vase\na {}\n", "'a {}' has a place for a concept's words"), ("# none\n", "holds no prompt")):
+        path.write_text(text)
+        with pytest.raises(UsageError, match=said):
+            read_captions(path)
 
 
 def test_references_from_one_folder_or_one_for_each_concept(tmp_path):

@@ -411,6 +411,13 @@ def test_the_commands(shared, tmp_path, capsys):
         said = capsys.readouterr()
         return said.out if code == 0 else said.err
 
+    (tmp_path / "with.txt").write_text("a {} on a table\n")
+    (tmp_path / "without.txt").write_text("a vase\n")
+    words = ("create", cai, "--base", tmp_path / "base", "--output", tmp_path / "things")
+    call(*words, "--prompts", tmp_path / "with.txt", "--preserve", tmp_path / "without.txt")
+    said = json.loads(call("show", tmp_path / "things", "--json"))["collection"]
+    assert (said["fit"], said["preserve"]) == (["a {} on a table"], ["", "a vase"])
+    assert "other settings, fit prompts, preserve prompts; give what it was made with" in call(*words, code=1)
     pack, out = tmp_path / "people", tmp_path / "out.safetensors"
     shown = call("create", cai, ben, "--base", tmp_path / "base", "--output", pack, "--trigger", "cai=cai man")
     assert "ben" in shown and "cai man" in shown and "2 concepts" in shown and f"on {tmp_path / 'base'}" in shown

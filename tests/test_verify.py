@@ -179,7 +179,7 @@ def test_what_a_pack_built_is_measured_as_the_pack_collected_it(files, tmp_path,
     ("said", "steps"),
     [
         *[({}, 3), ({"precision": "bfloat16", "steps": 4}, 4), ({"steps": 10**9}, 8), ({"steps": 0}, 8)],
-        *[({"spatial": "x"}, 8), ({"spatial": 2.5}, 8), ({"spatial": math.nan}, 8)],
+        *[({"spatial": "x"}, 8), ({"spatial": 2.5}, 8), ({"spatial": math.nan}, 8), ({"fit": ["no place"]}, 8), ({"fit": [3]}, 8)],
     ],
 )
 def test_what_a_merge_collected_is_collected_again(files, tmp_path, shared, said, steps):
@@ -187,9 +187,9 @@ def test_what_a_merge_collected_is_collected_again(files, tmp_path, shared, said
     settings = replace(SMALL, steps=3, padded=False, spatial=1)
     header = load_adapter(saved(files, tmp_path, "loraclr", base=shared, collection=settings)).metadata
     receipt = json.loads(header["loraclr.receipt"])
-    assert receipt["collection"] == {"steps": 3, "spatial": 1, "padded": False, "precision": "float32"}
+    assert receipt["collection"] == {"steps": 3, "spatial": 1, "padded": False, "precision": "float32", "fit": list(SMALL.fit)}
     found = MODULE._collected({**receipt, "collection": receipt["collection"] | said})
-    assert (found.steps, found.spatial) == (steps, 3 if steps == 8 else 1) and found.fit == Collection().fit
+    assert (found.steps, found.spatial, found.fit) == ((steps, 3, Collection().fit) if steps == 8 else (steps, 1, SMALL.fit))
     assert MODULE._collected({**receipt, "collection": None}).steps == 8, "files of before"
 
 

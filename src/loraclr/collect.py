@@ -6,7 +6,7 @@ seed as every other concept. All concepts record the union of adapted layers: wh
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -100,6 +100,11 @@ PAPER = Collection(fit=("photo of a {}", "{}"), steps=20, sample=ALL_ROWS, spati
 QUICK = Collection(steps=4, spatial=1, spatial_held_out=0, spatial_preserve=8, precision="bfloat16")
 REPEATED = ("steps", "spatial", "padded", "precision")  # what a merged file's header says, for whoever collects again
 LATENTS = {"fit": 0, "held_out": 1000, "preserve": 2000}  # added to the seed: what judges must not start from what was learned from
+
+
+def collection_for(needs: Set[str]) -> Collection:
+    """What a method with these needs collects unless something else is asked for."""
+    return PAPER if {"rows", "short"} & needs else Collection()
 
 
 Kept = tuple[int, Read]  # how many rows, and they themselves

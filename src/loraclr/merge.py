@@ -20,7 +20,7 @@ import torch
 from loraclr import __version__, disk
 from loraclr.adapter import Adapter, Layer, LoraLayer
 from loraclr.blocks import weighted
-from loraclr.collect import ALL_ROWS, PAPER, REPEATED, Collection, Concept, collect, stage_of
+from loraclr.collect import ALL_ROWS, PAPER, REPEATED, Collection, Concept, collect, collection_for, stage_of
 from loraclr.errors import MergeError, UsageError
 from loraclr.formats import check_layers, load_adapter, provenance, save_adapter, sidecar
 from loraclr.formats.files import digest, tensor_digest
@@ -114,6 +114,12 @@ class MergeResult:
         return plain
 
     @property
+    def _told(self) -> tuple[str, ...]:
+        """What a file's header says of the collection: the prompts only where they are not ours."""
+        usual = self.collection is None or tuple(self.collection["fit"]) in (Collection().fit, PAPER.fit)
+        return TOLD if usual else (*TOLD, "fit")
+
+    @property
     def prompt(self) -> str:
         """One to begin with."""
         return provenance.prompt([str(entry["call"]) for entry in self.inputs])
@@ -128,7 +134,7 @@ class MergeResult:
             "inputs": [{key: value for key, value in entry.items() if key != "file"} for entry in self.inputs],
             "residual": {kind: _rounded(self.mean_residual(kind)) for kind in ("fit", "held_out")},
             "versions": dict(self.versions),
-            "collection": {key: value for key, value in self.collection.items() if key in TOLD} if self.collection else None,
+            "collection": {key: value for key, value in self.collection.items() if key in self._told} if self.collection else None,
         }
         return {
             provenance.RECEIPT: json.dumps(disk.plain(compact), sort_keys=True, allow_nan=False),
@@ -218,7 +224,7 @@ def merge(
         raise UsageError(f"{solver.name} searches for nothing, so it takes no score; use lorahub")
     if base is None and (collecting or "base" in solver.needs):
         raise MergeError(f"{solver.name} needs the base model's features; pass the pipeline these adapters were trained on")
-    settings = collection or (PAPER if {"rows", "short"} & solver.needs else Collection())
+    settings = collection or collection_for(solver.needs)
     seed = settings.seed if seed is None else seed
     settings = dataclasses.replace(
         settings,

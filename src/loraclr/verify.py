@@ -15,7 +15,7 @@ from torch import Tensor
 
 from loraclr.adapter import Adapter, DenseLayer, Layer, ProductLayer
 from loraclr.blocks import weighted
-from loraclr.collect import PAPER, REPEATED, Collection, Concept, collect
+from loraclr.collect import REPEATED, Collection, Concept, collect, collection_for
 from loraclr.errors import LoraclrError, UsageError
 from loraclr.formats import FileReport, examine, load_adapter, provenance
 from loraclr.methods import make_method
@@ -28,7 +28,7 @@ from loraclr.statistics import LayerStats, Moments
 
 TOLERANCE = 0.25  # of a strength, either way
 SLACK = 0.05  # of the mean residual, above what a merge by features measured itself
-MOST_STEPS = 1000  # a header may say anything
+MOST_STEPS, MOST_PROMPTS = 1000, 1000  # a header may say anything
 # In half precision an entry below 6e-5 is rounded to a multiple of 2^-24. Entries of this root mean square lose a thousandth by that.
 _SUBNORMAL = 2**-24 / 12**0.5 / 1e-3
 
@@ -251,9 +251,12 @@ def _needs(receipt: Mapping[str, object]) -> frozenset[str]:
 
 def _collected(receipt: Mapping[str, object]) -> Collection:
     """What this merge collected, without what only it needs; where its header says nothing sensible, what its method usually does."""
-    usual = PAPER if {"rows", "short"} & _needs(receipt) else Collection()
+    usual = collection_for(_needs(receipt))
     seed, said = receipt.get("seed"), receipt.get("collection")
     values = {key: said[key] for key in REPEATED} if isinstance(said, dict) and said.keys() >= set(REPEATED) else {}
+    fit = said.get("fit") if isinstance(said, dict) else None  # only said where the prompts are not ours
+    if values and isinstance(fit, list) and len(fit) <= MOST_PROMPTS:
+        values["fit"] = tuple(map(str, fit))
     if type(values.get("steps")) is int and values["steps"] <= MOST_STEPS and isinstance(values["spatial"], int | None):
         with suppress(UsageError, TypeError):
             usual = dataclasses.replace(usual, **values)

@@ -12,10 +12,12 @@ from rich.text import Text
 
 from loraclr.cli import parse, show
 from loraclr.cli.base import SOURCE, BaseConfig, BaseDtype, Device, Offload, open_base
-from loraclr.cli.options import Allow, BlockWeights, CollectionSeed, Quick, Scratch, Triggers, Weights
+from loraclr.cli.options import Allow, BlockWeights, CollectionSeed, FitPrompts, Preserve, Quick, Scratch, Triggers, Weights
+from loraclr.errors import UsageError
 
 if TYPE_CHECKING:
     from loraclr.merge import LayerReceipt, MergeResult
+    from loraclr.methods import Method
 
 
 def merge(
@@ -36,6 +38,8 @@ def merge(
     dtype: Annotated[Literal["fp16", "fp32"], typer.Option(help="Precision of the output.")] = "fp16",
     seed: CollectionSeed = 0,
     quick: Quick = False,
+    prompts: FitPrompts = None,
+    preserve: Preserve = None,
     allow: Allow = [],  # noqa: B006
     no_sources: Annotated[bool, typer.Option("--no-sources", help="Leave out of the file what it was merged from.")] = False,
     measure: Annotated[bool, typer.Option("--measure", help="Report residuals also for methods that need no features.")] = False,
@@ -59,12 +63,16 @@ def merge(
 
     import torch
 
-    from loraclr.collect import QUICK
+    from loraclr.collect import QUICK, collection_for
     from loraclr.merge import merge as run
     from loraclr.methods import find_method, make_method, parameters
 
     known = parameters(find_method(method.partition(":")[0]))
     solver = make_method(method, **parse.settings(set_, {row.name: row.type for row in known}))
+    collection = QUICK if quick else None
+    if prompts is not None or preserve is not None:
+        _check_prompts(solver, prompts, preserve, measure=measure)
+        collection = parse.collection(collection or collection_for(solver.needs), prompts, preserve)
     pipeline = None if base is None else open_base(base, device, base_dtype, offload=offload, config=base_config)
     with show.progress(quiet=json) as tell:
         result = run(
@@ -76,7 +84,7 @@ def merge(
             calls=calls,
             rank=rank,
             seed=seed,
-            collection=QUICK if quick else None,
+            collection=collection,
             measure=measure,
             allow=allow,
             format=format,
@@ -86,6 +94,14 @@ def merge(
         )
     written = result.save(output, format=format, dtype={"fp16": torch.float16, "fp32": torch.float32}[dtype], sources=not no_sources)
     show_result(result, written, json=json)
+
+
+def _check_prompts(solver: Method, prompts: Path | None, preserve: Path | None, *, measure: bool) -> None:
+    """No file is given that nobody reads."""
+    if prompts is not None and not measure and not {"statistics", "sample", "predictions"} & solver.needs:
+        raise UsageError(f"--prompts {prompts}: {solver.name} learns from no prompts; leave it out, or add --measure")
+    if preserve is not None and "preserve" not in solver.needs:
+        raise UsageError(f"--preserve {preserve}: {solver.name} with these parameters preserves no prompts; leave it out")
 
 
 def companions(output: Path) -> list[Path]:

@@ -30,6 +30,22 @@ Allow = Annotated[
 ]
 QUICK = "A tenth of the passes through the UNet, in bfloat16 if the device can: for large models without GPU."
 Quick = Annotated[bool, typer.Option("--quick", help=QUICK)]
+FitPrompts = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE",
+        help="One prompt a line to learn from, {} or <TOK> for the concept's words; those under [held out] only judge.",
+        show_default="prompts of people",
+    ),
+]
+Preserve = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE",
+        help="One prompt a line without any concept: what is to stay as it is.",
+        show_default="prompts of people and a few things",
+    ),
+]
 CollectionSeed = Annotated[int, typer.Option(help="Of the noise that features are collected on.")]
 SCRATCH = "Where statistics go that do not fit into memory; nothing stays."
 Scratch = Annotated[

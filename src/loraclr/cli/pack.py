@@ -11,7 +11,7 @@ from rich.text import Text
 from loraclr import disk
 from loraclr.cli import parse, show
 from loraclr.cli.base import SOURCE, BaseConfig, BaseDtype, Device, Offload, open_base
-from loraclr.cli.options import CollectionSeed, Scratch, Triggers
+from loraclr.cli.options import CollectionSeed, FitPrompts, Preserve, Scratch, Triggers
 
 if TYPE_CHECKING:
     from loraclr.pack import Pack
@@ -29,6 +29,8 @@ def create(
     output: Annotated[Path, typer.Option(metavar="PACK", help="The folder to make.", show_default=False)],
     trigger: Triggers = [],  # noqa: B006
     seed: CollectionSeed = 0,
+    prompts: FitPrompts = None,
+    preserve: Preserve = None,
     device: Device = "auto",
     base_dtype: BaseDtype = "fp32",
     offload: Offload = False,
@@ -46,7 +48,7 @@ def create(
     from loraclr.collect import Collection
     from loraclr.pack import Pack
 
-    collection = Collection(seed=seed)
+    collection = parse.collection(Collection(seed=seed), prompts, preserve)
     pipeline = open_base(base, device, base_dtype, offload=offload, config=base_config)
     with show.progress(quiet=json) as tell:
         made = Pack.create(output, files, base=pipeline, calls=calls, collection=collection, progress=tell, scratch=scratch)

@@ -7,11 +7,15 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from contextvars import ContextVar
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, get_origin
+from typing import TYPE_CHECKING, Any, get_origin
 
 from loraclr import disk
 from loraclr.errors import UsageError
+
+if TYPE_CHECKING:
+    from loraclr.collect import Collection
 
 # How the name of an output ends; repeated from the formats, which are not imported to parse a command line.
 ENDINGS = {
@@ -25,6 +29,7 @@ ENDINGS = {
     "fused": ("",),
     "checkpoint": (".safetensors",),
 }
+HELD_OUT = ("held out", "held-out", "held_out")  # the group of a file of prompts that is not learned from
 
 
 _held: ContextVar[ExitStack] = ContextVar("held")
@@ -118,6 +123,21 @@ def block_weights(texts: Sequence[str]) -> dict[str, list[float]]:
             raise UsageError(f"--block-weights {name.strip()} is given twice; keep one")
         found[name.strip()] = [number(value, f"--block-weights {name.strip()}:") for value in values.split(",")]
     return found
+
+
+def collection(usual: Collection, prompts: Path | None, preserve: Path | None) -> Collection:
+    """`usual` with the prompts of the files `--prompts`, those of its group `held out` only to judge by, and `--preserve`.
+
+    The empty prompt is always kept as it is: guidance starts from it.
+    """
+    from loraclr.evaluate import read_captions, read_prompts
+
+    if prompts is not None:
+        groups = read_prompts(prompts)
+        fit = tuple(prompt for prompt, group in groups.items() if group.lower() not in HELD_OUT)
+        held_out = tuple(prompt for prompt, group in groups.items() if group.lower() in HELD_OUT)
+        usual = replace(usual, fit=fit, held_out=held_out or tuple(prompt for prompt in usual.held_out if prompt not in fit))
+    return usual if preserve is None else replace(usual, preserve=("", *read_captions(preserve)))
 
 
 def number(text: str, what: str) -> float:

@@ -25,7 +25,7 @@ from loraclr.evaluate.metrics import (
     presence,
     text_cosine,
 )
-from loraclr.evaluate.subjects import Subject, call_of, noun_of, read_prompts, read_references
+from loraclr.evaluate.subjects import Subject, call_of, noun_of, read_captions, read_prompts, read_references
 from loraclr.evaluate.trial import Variant, evaluate
 
 __all__ = [
@@ -56,6 +56,7 @@ __all__ = [
     "noun_of",
     "paired",
     "presence",
+    "read_captions",
     "read_prompts",
     "read_references",
     "text_cosine",

@@ -16,7 +16,7 @@ from loraclr.pictures import SUFFIXES, pictures_in, read_picture
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-__all__ = ["Subject", "call_of", "fill", "noun_of", "read_prompts", "read_references", "template"]
+__all__ = ["Subject", "call_of", "fill", "noun_of", "read_captions", "read_prompts", "read_references", "template"]
 
 PLACES = ("{}", "<TOK>")
 
@@ -47,20 +47,34 @@ def fill(template: str, words: str) -> str:
 def read_prompts(path: str | Path) -> dict[str, str]:
     """Prompt -> its group, "" outside of any. One prompt a line; `[context]` alone on a line begins a group of that name; empty lines
     and lines that start with # are passed over."""
-    try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
-    except UnicodeDecodeError as error:
-        raise UsageError(f"{path} is no UTF-8 text ({error.reason}); give a text file with one prompt a line") from error
     prompts: dict[str, str] = {}
     group = ""
-    for line in (line.strip() for line in lines):
+    for line in _lines(path):
         if head := re.fullmatch(r"\[([^\[\]{}<>]+)\]", line):
             group = head[1].strip()
-        elif line and not line.startswith("#"):
+        else:
             prompts.setdefault(template(line), group)
     if not prompts:
         raise UsageError(f"{path} holds no prompt; write one a line, with {{}} where the concept's words go")
     return prompts
+
+
+def read_captions(path: str | Path) -> list[str]:
+    """Prompts without any concept, one a line; empty lines and lines that start with # are passed over."""
+    captions = list(dict.fromkeys(" ".join(line.split()) for line in _lines(path)))
+    if called := [caption for caption in captions if any(place in caption for place in PLACES)]:
+        raise UsageError(f"{path}: {called[0]!r} has a place for a concept's words; these prompts are to be without any concept")
+    if not captions:
+        raise UsageError(f"{path} holds no prompt; write one a line, without any concept")
+    return captions
+
+
+def _lines(path: str | Path) -> list[str]:
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{path} is no UTF-8 text ({error.reason}); give a text file with one prompt a line") from error
+    return [text for line in lines if (text := line.strip()) and not text.startswith("#")]
 
 
 def read_references(folder: str | Path) -> dict[str, list[Image]]:

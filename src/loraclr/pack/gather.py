@@ -201,7 +201,9 @@ def _difference(held: PackFile, ground: Mapping[str, Any], settings: Collection)
     other = [field.name for field in dataclasses.fields(Collection) if getattr(mine, field.name) != getattr(settings, field.name)]
     if not other:
         return ""
-    return "it was collected with other settings, " + ", ".join(f"{name} {getattr(mine, name)!r}" for name in other)
+    return "it was collected with other settings, " + ", ".join(
+        f"{name} prompts" if isinstance(value := getattr(mine, name), tuple) else f"{name} {value!r}" for name in other
+    )
 
 
 def _free(folder: Path, name: str) -> Path:
