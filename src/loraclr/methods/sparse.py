@@ -1,6 +1,6 @@
 """What TIES, DARE, KnOTS and pruning do entry by entry: keep a part of each delta, and let the entries vote on their signs.
 
-The result of each equals that of `peft.utils.merge_utils` on the same deltas (tests/test_methods_sparse.py). It is written out
+The result of each equals that of `peft.utils.merge_utils` on the same deltas (tests/test_methods_practice.py). It is written out
 here because that module costs an optional dependency and seconds of import, draws from the global random state, and holds every
 delta several times over; here one delta is in memory at a time.
 """
