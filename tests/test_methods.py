@@ -95,6 +95,12 @@ def test_presets_give_way_to_parameters():
     assert make_method("loraclr-reference:official").mse == 0.1
 
 
+@pytest.mark.parametrize("preset", ["paper", "official"])
+def test_a_preset_of_another_method_is_named_with_it(preset):
+    with pytest.raises(UsageError, match=f"no preset '{preset}'. Did you mean 'loraclr-reference:{preset}'.* It has: exact, contrastive"):
+        make_method(f"loraclr:{preset}")
+
+
 def test_all_configuration_errors_come_in_one_message():
     with pytest.raises(UsageError, match="Did you mean 'loraclr'"):
         make_method("loracrl")

@@ -89,7 +89,9 @@ def make_method(name: str, **parameters: object) -> Method:
     presets = _presets(method)
     found = []
     if preset and preset not in presets:
-        found.append(f"no preset {preset!r}.{nearest(preset, presets)} It has: {', '.join(presets) or 'none'}.")
+        elsewhere = [f"{other}:{preset}" for other, owner in METHODS.items() if preset in _presets(owner)]
+        hint = f" Did you mean {elsewhere[0]!r}?" if elsewhere else nearest(preset, presets)
+        found.append(f"no preset {preset!r}.{hint} It has: {', '.join(presets) or 'none'}.")
     found += faults(method, parameters)
     if found:
         raise UsageError(f"method {base!r}: " + " ".join(found))
