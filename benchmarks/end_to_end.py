@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from benchmarks.solver import Kind, Layer, PeakMemory, provenance
 from loraclr.adapter import Adapter, LoraLayer
-from loraclr.collect import QUICK, Collection
+from loraclr.collect import QUICK, Collection, stage_of
 from loraclr.formats import save_adapter
 from loraclr.merge import merge
 from loraclr.methods import make_method
@@ -152,11 +152,7 @@ def chosen(base: Pipeline, scenario: str, *, locon: bool) -> list[str]:
 
 
 def stages(base: Pipeline, scenario: str) -> list[str]:
-    found = []
-    for names in base.stages(chosen(base, scenario, locon=True)):
-        keys = base.cross_attention_index(names[0]) is not None
-        found.append("text" if names[0].startswith("text_encoder") else "keys" if keys else "spatial")
-    return found
+    return [stage_of(base, names) for names in base.stages(chosen(base, scenario, locon=True))]
 
 
 def write_files(base: Pipeline, scenario: str, count: int, folder: Path, quick: bool) -> list[Path]:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from loraclr.adapter import Adapter, DenseLayer, LoraLayer
+from loraclr.adapter import Adapter, DenseLayer, LoraLayer, stage_of
 from loraclr.errors import PipelineError, UsageError
 from loraclr.pipeline import Pipeline, PromptTruncationWarning
 from loraclr.sampling import fresh_scheduler
@@ -94,6 +94,11 @@ def test_stages_are_text_then_keys_and_values_then_the_rest(pipeline):
     assert pipeline.stages([QUERY, KEY, TEXT, CONV]) == [[TEXT], [KEY], [QUERY, CONV]]
     assert pipeline.stages([CONV]) == [[CONV]]
     assert pipeline.stages([]) == []
+
+
+def test_a_layers_name_alone_says_its_stage(pipeline):
+    assert [stage_of(name) for name in (TEXT, KEY, QUERY, CONV)] == ["text", "keys", "spatial", "spatial"]
+    assert all(stage_of(name) == pipeline.stage_of(name) for name in pipeline.modules)
 
 
 def test_unknown_names_are_answered_with_the_nearest(pipeline):

@@ -17,6 +17,15 @@ from torch import Tensor
 
 from loraclr.errors import FormatError
 
+STAGES = ("text", "keys", "spatial")  # of a staged merge, in order
+
+
+def stage_of(name: str) -> str:
+    """A layer's stage by its name alone: `text` encoders, cross-attention `keys` and values, or `spatial`, the rest of the denoiser."""
+    if name.startswith("text_encoder"):
+        return "text"
+    return "keys" if name.endswith((".attn2.to_k", ".attn2.to_v")) else "spatial"
+
 
 @dataclass(frozen=True, eq=False)
 class LoraLayer:

@@ -244,9 +244,7 @@ def stage_of(pipeline: Pipeline, names: Sequence[str]) -> str:
     stages = pipeline.stages(names)
     if len(stages) != 1:
         raise UsageError(f"statistics are collected stage by stage, but these {len(names)} layers belong to {len(stages)} stages")
-    if names[0].startswith("text_encoder"):
-        return "text"
-    return "spatial" if pipeline.cross_attention_index(names[0]) is None else "keys"
+    return pipeline.stage_of(names[0])
 
 
 def portions(pipeline: Pipeline, prompts: Sequence[str], *, copies: int = 1) -> list[list[int]]:

@@ -64,6 +64,17 @@ class LayerReceipt:
     diagnostics: Mapping[str, float | str | bool]
 
 
+def mean_residual(layers: Sequence[LayerReceipt], kind: str, *, concept: str | None = None) -> float:
+    """The mean over layers and concepts (or of one concept) of the `fit` or `held_out` residual; NaN if none was measured."""
+    values = [
+        value
+        for layer in layers
+        for key, value in layer.residuals.items()
+        if key.startswith(f"{kind}/") and concept in (None, key.split("/", 1)[1])
+    ]
+    return sum(values) / len(values) if values else float("nan")
+
+
 @dataclass(frozen=True, eq=False)
 class MergeResult:
     """The merged adapter, and enough to run the merge again."""
@@ -83,14 +94,8 @@ class MergeResult:
     memory: Mapping[str, int | None] = field(default_factory=dict)  # bytes: the process's `peak` so far, and the most on the `disk`
 
     def mean_residual(self, kind: str = "held_out", *, concept: str | None = None) -> float:
-        """The mean over layers and concepts (or of one concept) of the `fit` or `held_out` residual; NaN if none was measured."""
-        values = [
-            value
-            for layer in self.layers
-            for key, value in layer.residuals.items()
-            if key.startswith(f"{kind}/") and concept in (None, key.split("/", 1)[1])
-        ]
-        return sum(values) / len(values) if values else float("nan")
+        """`mean_residual` of all layers."""
+        return mean_residual(self.layers, kind, concept=concept)
 
     def receipt(self) -> dict[str, Any]:
         """Everything, ready for JSON. Numbers that JSON has no word for are None (not measured) or the text `inf`."""

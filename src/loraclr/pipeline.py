@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from loraclr import families, loading, modules, sampling
-from loraclr.adapter import Adapter, Layer
+from loraclr.adapter import STAGES, Adapter, Layer, stage_of
 from loraclr.conditioning import Refine, Region, RegionStates, Vocabulary, by_encoder, conditioned, knowing, text_states
 from loraclr.errors import PipelineError, UsageError
 from loraclr.loading import load_pipe, placed
@@ -142,8 +142,13 @@ class Pipeline:
         self.modules.known(names)
         stages: list[list[str]] = [[], [], []]
         for name in names:
-            stages[0 if name.startswith("text_encoder") else 2 if self.cross_attention_index(name) is None else 1].append(name)
+            stages[STAGES.index(self.stage_of(name))].append(name)
         return [stage for stage in stages if stage]
+
+    def stage_of(self, name: str) -> str:
+        """`text`, `keys` or `spatial`: keys and values are those of a UNet that reads its text encoder's states as they are."""
+        stage = stage_of(name)
+        return "spatial" if stage == "keys" and self.cross_attention_index(name) is None else stage
 
     def cross_attention_index(self, name: str) -> int | None:
         """Which cross-attention layer a key or value projection belongs to, in the order down, mid, up; None for other layers."""

@@ -28,7 +28,7 @@ from fidelity import errors
 from measure import concept_pictures, concept_scores, factors, row
 from world import identities
 
-from loraclr.adapter import Adapter, DenseLayer, LoraLayer
+from loraclr.adapter import STAGES, Adapter, DenseLayer, LoraLayer, stage_of
 from loraclr.collect import QUICK, Collection
 from loraclr.evaluate import paired
 from loraclr.formats import load_adapter
@@ -43,7 +43,6 @@ from loraclr.strategies.words import Part
 from loraclr.toybox.judge import Judge
 
 CONCEPTS = 12
-STAGES = ("text", "keys", "spatial")
 SPATIAL = ("attn1.to_q attn1.to_k", "attn1.to_v attn1.to_out", "attn2.to_q", "attn2.to_out")  # kinds of layers of the spatial stage
 # Six settings for every baseline that has something to choose; `sum` and the published optimiser have theirs in `settings`.
 TUNED: Mapping[str, Mapping[str, tuple[Any, ...]]] = {
@@ -148,10 +147,6 @@ def settings() -> dict[str, Setting]:
             parameters = dict(zip(choices, values, strict=True))
             rows[f"{method}, {', '.join(f'{name} {value}' for name, value in parameters.items())}"] = Setting(method, parameters, None)
     return rows
-
-
-def stage_of(name: str) -> str:
-    return "text" if name.startswith("text_encoder") else "keys" if name.endswith((".attn2.to_k", ".attn2.to_v")) else "spatial"
 
 
 def is_of(name: str, parts: tuple[str, ...]) -> bool:

@@ -111,7 +111,7 @@ def companions(output: Path) -> list[Path]:
 
 def show_result(result: MergeResult, written: Path, *, json: bool) -> None:
     """What became of a merge that was written, as tables or as the whole receipt."""
-    from loraclr.merge import FEW
+    from loraclr.merge import FEW, mean_residual
 
     sidecar = next((path for path in companions(written)[1:] if path.exists()), None)
     if json:
@@ -128,8 +128,8 @@ def show_result(result: MergeResult, written: Path, *, json: bool) -> None:
             str(len(layers)),
             str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]}-{ranks[-1]}",
             _percent(max(layer.lost for layer in layers)),
-            _mean(layers, "fit"),
-            _mean(layers, "held_out"),
+            _residual(mean_residual(layers, "fit")),
+            _residual(mean_residual(layers, "held_out")),
             f"{active} of {len(layers)}" if any("hinge_active" in layer.diagnostics for layer in layers) else "-",
         )
     numbers = ("weight", "fit", "held out", "strength")
@@ -137,7 +137,7 @@ def show_result(result: MergeResult, written: Path, *, json: bool) -> None:
     strengths = result.cross_talk.after.diagonal().tolist() if result.cross_talk else [math.nan] * len(result.inputs)
     for entry, strength in zip(result.inputs, strengths, strict=True):
         name = str(entry["name"])
-        residuals = (_mean(result.layers, kind, name) for kind in ("fit", "held_out"))
+        residuals = (_residual(result.mean_residual(kind, concept=name)) for kind in ("fit", "held_out"))
         share = "-" if math.isnan(strength) else f"{strength:.2f}"
         concepts.add_row(name, Text(str(entry["call"] or "not stated")), f"{entry['weight']:g}", *residuals, share)
     show.out.print(stages, "", concepts, "")
@@ -162,23 +162,15 @@ def show_result(result: MergeResult, written: Path, *, json: bool) -> None:
 
 
 def _stage_name(layers: Sequence[str]) -> str:
-    text = [name.startswith("text_encoder") for name in layers]
-    keys = [name.endswith((".attn2.to_k", ".attn2.to_v")) for name in layers]
-    if all(text):
-        return "text encoder"
-    if all(keys):
-        return "cross-attention keys and values"
-    return "all layers" if any(text) or any(keys) else "other layers"
+    from loraclr.adapter import stage_of
+
+    stages = {stage_of(name) for name in layers}
+    titles = {"text": "text encoder", "keys": "cross-attention keys and values", "spatial": "other layers"}
+    return titles[stages.pop()] if len(stages) == 1 else "all layers"
 
 
-def _mean(layers: Sequence[LayerReceipt], kind: str, concept: str | None = None) -> str:
-    values = [
-        value
-        for layer in layers
-        for key, value in layer.residuals.items()
-        if key.startswith(f"{kind}/") and concept in (None, key.split("/", 1)[1])
-    ]
-    return f"{sum(values) / len(values):.3f}" if values else "-"
+def _residual(mean: float) -> str:
+    return "-" if math.isnan(mean) else f"{mean:.3f}"
 
 
 def _percent(share: float) -> str:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from loraclr import linalg
+from loraclr.adapter import stage_of
 from loraclr.errors import MergeError
 from loraclr.methods.average import Average
 from loraclr.methods.options import Checked, Option
@@ -43,7 +44,7 @@ class CustomDiffusion(Checked):
     needs: ClassVar[frozenset[str]] = frozenset({"statistics", "preserve", "short"})
 
     def solve(self, problem: LayerProblem) -> LayerSolution:
-        if not problem.layer.endswith((".attn2.to_k", ".attn2.to_v")):
+        if stage_of(problem.layer) != "keys":
             if self.others == "average":
                 return Average().solve(problem)
             none = torch.zeros(problem.out, 0, dtype=torch.float64), torch.zeros(0, problem.width, dtype=torch.float64)

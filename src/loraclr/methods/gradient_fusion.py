@@ -8,6 +8,7 @@ from typing import Annotated, ClassVar
 import torch
 from torch import Tensor
 
+from loraclr.adapter import stage_of
 from loraclr.errors import NumericalError
 from loraclr.methods.options import Checked, Option
 from loraclr.methods.problem import LayerProblem, LayerSolution
@@ -40,8 +41,8 @@ class GradientFusion(Checked):
         parts = torch.split_with_sizes(inside, [up.shape[1] for up in ups], 1)
         targets = torch.cat([(x @ down.T) @ part.T for x, down, part in zip(rows, downs, parts, strict=True)]).float()
         features = rows.flatten(0, 1).float()
-        many = problem.layer.startswith("text_encoder") or problem.layer.endswith((".attn2.to_k", ".attn2.to_v"))
-        best, first, least, used = self._descend(features, targets, problem.out, self.steps if many else self.spatial_steps)
+        steps = self.spatial_steps if stage_of(problem.layer) == "spatial" else self.steps
+        best, first, least, used = self._descend(features, targets, problem.out, steps)
         return LayerSolution.of_factors(
             basis,
             best.double(),

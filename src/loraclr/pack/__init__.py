@@ -16,13 +16,13 @@ from pathlib import Path
 from typing import Any
 
 from loraclr import disk
-from loraclr.adapter import Adapter
+from loraclr.adapter import STAGES, Adapter
 from loraclr.collect import Collection, Concept
 from loraclr.errors import FormatError, MergeError, UsageError
 from loraclr.merge import MergeResult, merge
 from loraclr.methods import NEEDS, Method, make_method
 from loraclr.pack.file import KINDS, PackFile
-from loraclr.pack.gather import PRESERVATION, STAGES, Gather, additions, read, settings_of
+from loraclr.pack.gather import PRESERVATION, Gather, additions, read, settings_of
 from loraclr.pipeline import Pipeline
 from loraclr.statistics import LayerStats, Moments
 

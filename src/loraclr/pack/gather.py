@@ -29,7 +29,6 @@ from loraclr.scratch import Scratch
 from loraclr.statistics import Moments
 
 PRESERVATION = "preservation"
-STAGES = ("text", "keys", "spatial")
 
 
 @dataclass(frozen=True, eq=False)
@@ -164,13 +163,10 @@ class Gather:
             "input": None,
             "adapter": None,
             "texts": max(rows),
-            "layers": {layer: self._stage(layer) for layer in layers},
+            "layers": {layer: self.base.stage_of(layer) for layer in layers},
             "moments": table,
         }
         return about, entries
-
-    def _stage(self, layer: str) -> str:
-        return "text" if layer.startswith("text_encoder") else "spatial" if self.base.cross_attention_index(layer) is None else "keys"
 
     def _tell(self, what: str, share: float) -> None:
         if self.progress:

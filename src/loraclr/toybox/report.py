@@ -11,8 +11,9 @@ from string import Template
 from PIL.Image import Image
 
 from loraclr import disk
+from loraclr.adapter import stage_of
 from loraclr.evaluate import interval
-from loraclr.merge import MergeResult
+from loraclr.merge import MergeResult, mean_residual
 from loraclr.page import STYLE, img
 from loraclr.toybox.score import Scores
 
@@ -106,19 +107,12 @@ def _stages(result: MergeResult) -> str:
     rows = []
     for stage in sorted({layer.stage for layer in result.layers}):
         layers = [layer for layer in result.layers if layer.stage == stage]
-        text, keys = layers[0].layer.startswith("text_encoder"), all(".attn2.to_" in layer.layer for layer in layers)
-        name = "text encoder" if text else "cross-attention k, v" if keys else "other attention"
-        means = [
-            _mean([v for layer in layers for key, v in layer.residuals.items() if key.startswith(kind)]) for kind in ("fit/", "held_out/")
-        ]
+        name = {"text": "text encoder", "keys": "cross-attention k, v", "spatial": "other attention"}[stage_of(layers[0].layer)]
+        means = [f"{mean_residual(layers, kind):.2f}" for kind in ("fit", "held_out")]
         ranks = f"{min(layer.rank for layer in layers)}–{max(layer.rank for layer in layers)}"
         cells = (name, len(layers), f"{layers[0].rows} / {layers[0].width}", *means, ranks)
         rows.append(f"<tr>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>")
     return "".join(rows)
-
-
-def _mean(values: Sequence[float]) -> str:
-    return f"{sum(values) / len(values):.2f}" if values else "–"
 
 
 def _timing(report: Report) -> str:
