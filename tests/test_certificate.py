@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import replace
 
@@ -85,7 +86,7 @@ def test_distances_add_up_over_any_portions(space, cuts):
     contrast = Contrast.of(problem, margin=1.0, mode="relative", anchor="target", space=space, distance="frobenius")
     for change, found in zip(changes, tally.distances(), strict=True):
         assert found.rows == 20
-        assert torch.allclose(found.found, contrast.distances(*change), rtol=1e-12)
+        assert torch.allclose(found.found.clone().fill_diagonal_(torch.inf), contrast.distances(*change), rtol=1e-12)
         assert torch.allclose(found.natural, contrast.margins, rtol=1e-12)
 
 
@@ -111,10 +112,18 @@ def test_what_a_part_of_the_rows_leaves_undecided_all_of_them_decide():
     part, whole = (float(Loraclr(**PLAIN).solve(p).diagnostics["closest_negative"]) for p in (partly(problem), problem))
     method = Loraclr(**PLAIN, margin=(part + whole) / 2, certificate="exact")
     before, after = settle(problem, method)
-    assert before.diagnostics["certificate"].startswith("undecided")
+    assert before.diagnostics["certificate"].startswith("undecided") and before.status == "undecided"
+    assert not {"hinge", "hinge_active", "objective"} & before.diagnostics.keys()
+    assert (bound := method.solve(partly(problem))).status == "undecided" and Loraclr(**PLAIN).solve(problem).status == "optimal"
+    assert bound.advice == "the paired rows that were kept do not tell whether the hinge is active; set certificate=exact"
+    assert after.status == "optimal" and after.diagnostics["hinge_active"] == 0 and not after.advice
     assert after.diagnostics["certificate"].startswith("global optimum of J on all 40 paired rows: closest negative = ")
     full = Contrast.of(problem, margin=1.0, mode="absolute", anchor="target", space="output", distance="frobenius")
     table = full.distances(after.up, after.down)
+    off = ~torch.eye(3, dtype=torch.bool)
+    assert torch.allclose(after.distances.found[off], table[off]) and before.distances is None
+    own = [x @ (after.delta() - problem.delta(k)).T for k, x in enumerate(features(problem))]
+    assert torch.allclose(after.distances.found.diagonal(), torch.stack([part.norm() for part in own]))
     assert after.diagnostics["closest_negative"] == pytest.approx(float(table.min()))
     i, j = divmod(int(table.argmin()), 3)
     assert after.diagnostics["closest_pair"] == f"c{i}, prediction of c{j}" and "gap" not in after.diagnostics
@@ -213,7 +222,8 @@ def test_side_by_side_sees_what_one_after_the_other_collected(shared, names, pad
         contrast = Contrast.of(problem, margin=1.0, mode="relative", anchor="target", space="output", distance="frobenius")
         table = found["table"]
         assert table.rows == problem.sample().shape[1]
-        assert torch.allclose(table.found, contrast.distances(solution.up, solution.down), rtol=1e-3), problem.layer
+        off = table.found.clone().fill_diagonal_(torch.inf)
+        assert torch.allclose(off, contrast.distances(solution.up, solution.down), rtol=1e-3), problem.layer
         assert torch.allclose(table.natural.fill_diagonal_(0), contrast.margins, rtol=1e-3)
     assert fingerprint(shared) == before
 
@@ -228,4 +238,9 @@ def test_a_merge_with_an_exact_certificate(shared):
     active = [notes for notes in exact.values() if notes["hinge_active"]]
     assert active and all(notes["gap"] >= 0 for notes in active)
     assert all(" on all " in notes["certificate"] for notes in exact.values())
+    for layer in json.loads(json.dumps(results["exact"].receipt()))["layers"]:
+        merged, alone = (torch.tensor(layer["distances"][kind]) for kind in ("merged", "alone"))
+        assert merged.shape == alone.shape == (3, 3) and torch.equal(alone, alone.T) and not alone.diagonal().any()
+        assert float(merged[~torch.eye(3, dtype=torch.bool)].min()) == pytest.approx(layer["diagnostics"]["closest_negative"], rel=1e-5)
+    assert not any(layer.distances for layer in results["bound"].layers)
     assert not all(" on all " in layer.diagnostics["certificate"] for layer in results["bound"].layers if layer.diagnostics["hinge_active"])

@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import get_args, get_type_hints
 
 import pytest
@@ -365,6 +366,17 @@ def test_prompts_that_nobody_reads_are_refused(call, monkeypatch, base, files, p
     assert "needs exactly one {}" in refused("--prompts", prompts[1])
     assert "to be without any concept" in refused("--preserve", prompts[0])
     assert "nowhere.txt" in refused("--prompts", tmp_path / "nowhere.txt")
+
+
+def test_layers_whose_hinge_is_undecided_are_counted_apart():
+    active, idle, undecided, without = (
+        SimpleNamespace(status=status, diagnostics=notes)
+        for status, notes in (("refined", {"hinge_active": 2}), ("optimal", {"hinge_active": 0}), ("undecided", {}), ("optimal", {}))
+    )
+    hinge = merge_command._hinge
+    assert hinge([active, idle, idle]) == "1 of 3"
+    assert hinge([active, idle, undecided]) == "1 of 2, 1 undecided"
+    assert hinge([undecided]) == "1 undecided" and hinge([without]) == "-"
 
 
 @pytest.mark.parametrize(

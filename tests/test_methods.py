@@ -406,7 +406,7 @@ def test_a_part_of_the_rows_certifies_sums_but_not_means():
     text = Loraclr(margin=1.0, distance="rms").solve(partly).diagnostics["certificate"]
     assert text.startswith("global optimum of J on all collected rows: closest negative >= ")
     text = Loraclr(margin=1e6).solve(partly).diagnostics
-    assert text["certificate"].startswith("undecided: closest negative >= ") and text["hinge_active"] == 0
+    assert text["certificate"].startswith("undecided: closest negative >= ") and "hinge_active" not in text
     bound = float(Loraclr(distance="rms").solve(partly).diagnostics["closest_negative"])  # half of what the ten rows show
     method = Loraclr(margin=1.5 * bound, distance="rms")
     assert "all collected rows, with the hinge on 10 paired ones" in method.solve(partly).diagnostics["certificate"]

@@ -67,7 +67,7 @@ class Collection:
     """Which prompts, how many denoising steps, how many latent seeds."""
 
     fit: tuple[str, ...] = FIT_TEMPLATES  # templates; {} is where the concept's call goes
-    held_out: tuple[str, ...] = HELD_OUT_TEMPLATES  # only judge
+    held_out: tuple[str, ...] = HELD_OUT_TEMPLATES  # only judge, but where a method is told to choose by them
     preserve: tuple[str, ...] = PRESERVE_PROMPTS  # prompts without any concept
     steps: int = 8  # denoising steps, all recorded, conditional only
     padded: bool = False  # text rows of the positions that samplers pad to 77, too

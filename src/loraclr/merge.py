@@ -62,6 +62,7 @@ class LayerReceipt:
     residuals: Mapping[str, float]  # "fit/CONCEPT" and "held_out/CONCEPT": 0 is the adapter's own behaviour, 1 the base's
     cross_talk: Mapping[str, float]  # `CrossTalk.summary`
     diagnostics: Mapping[str, float | str | bool]
+    distances: Mapping[str, list[list[float]]]  # with certificate=exact: "merged" and "alone", as docs/method.md says
 
 
 def mean_residual(layers: Sequence[LayerReceipt], kind: str, *, concept: str | None = None) -> float:
@@ -433,6 +434,7 @@ def _receipt(
         {key: _rounded(value) for key, value in sorted(apart.items())},
         {key: _rounded(value) for key, value in heard.summary().items()} if heard else {},
         {key: _rounded(value) if isinstance(value, float) else value for key, value in diagnostics.items()},
+        {} if (exact := solution.distances) is None else {"merged": _table(exact.found), "alone": _table(exact.natural)},
     )
     return layer, receipt, heard
 
@@ -473,6 +475,10 @@ def _fields(solver: Method) -> dict[str, Any]:
 
 def _seed_of(layer: str, seed: int) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed}/{layer}".encode()).digest()[:7], "big")
+
+
+def _table(values: torch.Tensor) -> list[list[float]]:
+    return [[_rounded(value) for value in row] for row in values.tolist()]
 
 
 def _rounded(value: float) -> float:

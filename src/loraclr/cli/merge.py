@@ -122,7 +122,6 @@ def show_result(result: MergeResult, written: Path, *, json: bool) -> None:
     for stage in sorted({layer.stage for layer in result.layers}):
         layers = [layer for layer in result.layers if layer.stage == stage]
         ranks = sorted({layer.rank for layer in layers})
-        active = sum(bool(layer.diagnostics.get("hinge_active")) for layer in layers)
         stages.add_row(
             _stage_name([layer.layer for layer in layers]),
             str(len(layers)),
@@ -130,7 +129,7 @@ def show_result(result: MergeResult, written: Path, *, json: bool) -> None:
             _percent(max(layer.lost for layer in layers)),
             _residual(mean_residual(layers, "fit")),
             _residual(mean_residual(layers, "held_out")),
-            f"{active} of {len(layers)}" if any("hinge_active" in layer.diagnostics for layer in layers) else "-",
+            _hinge(layers),
         )
     numbers = ("weight", "fit", "held out", "strength")
     concepts = show.table("concept", "called by", *numbers, numbers=numbers)
@@ -143,6 +142,8 @@ def show_result(result: MergeResult, written: Path, *, json: bool) -> None:
     show.out.print(stages, "", concepts, "")
     if any(layer.residuals for layer in result.layers):
         show.out.print("fit, held out: mean residual; 0 is the adapter's own behaviour, 1 the base's", style="dim", markup=False)
+        if result.parameters.get("choose") == "held_out":
+            show.out.print("held out: not unseen, the ridge was chosen on these prompts", style="dim", markup=False)
         said = "what is left of each adapter; how loud others are on it is in the receipt"
         if result.cross_talk is None:
             said = f"not measured for more than {FEW} adapters; loraclr compare does, if it may take long"
@@ -167,6 +168,14 @@ def _stage_name(layers: Sequence[str]) -> str:
     stages = {stage_of(name) for name in layers}
     titles = {"text": "text encoder", "keys": "cross-attention keys and values", "spatial": "other layers"}
     return titles[stages.pop()] if len(stages) == 1 else "all layers"
+
+
+def _hinge(layers: Sequence[LayerReceipt]) -> str:
+    """In how many layers the hinge is active, and in how many that is not known."""
+    told = [layer.diagnostics["hinge_active"] for layer in layers if "hinge_active" in layer.diagnostics]
+    unknown = sum(layer.status == "undecided" for layer in layers)
+    known = f"{sum(map(bool, told))} of {len(layers) - unknown}" if told else ""
+    return ", ".join(part for part in (known, f"{unknown} undecided" if unknown else "") if part) or "-"
 
 
 def _residual(mean: float) -> str:

@@ -103,7 +103,7 @@ class Tally:
 
     def distances(self) -> tuple[Distances, ...]:
         """One for each change."""
-        return tuple(Distances(found.sqrt().fill_diagonal_(torch.inf), self._natural.sqrt(), self._rows) for found in self._found)
+        return tuple(Distances(found.sqrt(), self._natural.sqrt(), self._rows) for found in self._found)
 
 
 def _distances(a: Tensor, b: Tensor) -> Tensor:

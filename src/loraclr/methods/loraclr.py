@@ -112,14 +112,13 @@ class Loraclr(Checked):
         answer = partial(self._answer, bare, frame)
         if self.margin == 0 or number == 1:
             return answer(convex, "optimal", "global optimum of J on all collected rows: convex, no hinge")
-        certificate, found, contrast = self._certify(problem, quadratic.up, v)
+        status, certificate, found, contrast = self._certify(problem, quadratic.up, v)
         if certificate:
-            chosen, status = replace(convex, found=found), "optimal"
+            chosen = replace(convex, found=found)
         else:
             v, left = refine(quadratic, contrast, v, penalty=self.penalty, iterations=self.iterations)
             hinge, _, found = contrast.value_and_gradient(quadratic.up, v)
             chosen = Outcome(v, quadratic.value_and_gradient(v)[0] / number, hinge, found, len(contrast.active(found)))
-            status = "refined"
             certificate = f"none: the hinge is active; L-BFGS in the adapters' span stopped with {left:.1e} of the gradient left"
         solution = answer(chosen, status, certificate)
         if self.certificate == "bound":
@@ -127,7 +126,10 @@ class Loraclr(Checked):
         outcomes = (convex,) if chosen.v is convex.v else (convex, chosen)
 
         def settle(tables: tuple[Distances, ...]) -> LayerSolution:
-            return answer(*self._settled(bare, outcomes, tables))
+            tables = tuple(table.per_row() for table in tables) if self.distance == "rms" else tables
+            chosen, status, certificate = self._settled(bare, outcomes, tables)
+            distances = next(table for one, table in zip(outcomes, tables, strict=True) if one.v is chosen.v)
+            return replace(answer(chosen, status, certificate), distances=distances)
 
         return replace(solution, claim=Claim(self.space, tuple((quadratic.up, one.v) for one in outcomes), settle))
 
@@ -188,20 +190,23 @@ class Loraclr(Checked):
             "in_features": problem.width,
             "mu": mu,
         }
+        known = status != "undecided"  # else what the hinge adds to J is not
         if chosen.found is not None:
             target, prediction = divmod(int(chosen.found.argmin()), number)
+            notes |= {"hinge": chosen.hinge, "hinge_active": chosen.active} if known else {}
             notes |= {
-                "hinge": chosen.hinge,
-                "hinge_active": chosen.active,
                 "closest_negative": float(chosen.found.min()),
                 "closest_pair": f"{problem.concepts[target]}, prediction of {problem.concepts[prediction]}",
             }
         objective = chosen.value + chosen.hinge + self.penalty * size
-        notes |= {"objective": objective, "growth": size / largest if largest > 0 else 0.0}
+        notes |= {"objective": objective} if known else {}
+        notes["growth"] = size / largest if largest > 0 else 0.0
+        if self.choose == "held_out":
+            notes["ridge_chosen_on"] = "held_out"
         if chosen.active or chosen.v is not convex.v:  # the hinge is never negative: no J is below the least of the rest
             notes["gap"] = max(objective - convex.value - self.penalty * float(convex.v.norm()), 0.0)
         notes["certificate"] = f"{certificate}; J({self._objective(frame.mu)})"
-        advice = ""
+        advice = "" if known else "the paired rows that were kept do not tell whether the hinge is active; set certificate=exact"
         if size > OVERGROWN * largest and not self.preservation:  # with it, what ordinary prompts use is guarded
             advice = f"the delta is {size / largest:.1f} times the largest adapter's: it fits noise; raise `ridge` or `preservation`"
         if self.penalty > 0:
@@ -216,12 +221,12 @@ class Loraclr(Checked):
     def _settled(self, problem: LayerProblem, outcomes: tuple[Outcome, ...], tables: tuple[Distances, ...]) -> tuple[Outcome, str, str]:
         """The first outcome, the convex minimiser, where its hinge is inactive on all rows; else the one of least J."""
         number, rows = len(problem.concepts), tables[0].rows
-        unit = rows**-0.5 if self.distance == "rms" else 1.0
         judged = []
         for outcome, table in zip(outcomes, tables, strict=True):
-            margins = torch.full_like(table.found, self.margin) if self.margin_mode == "absolute" else self.margin * unit * table.natural
-            short = active(margins, unit * table.found, self.anchor)
-            judged.append(replace(outcome, hinge=sum(s * s for _, _, s in short) / number, found=unit * table.found, active=len(short)))
+            margins = torch.full_like(table.found, self.margin) if self.margin_mode == "absolute" else self.margin * table.natural
+            found = table.found.clone().fill_diagonal_(torch.inf)
+            short = active(margins, found, self.anchor)
+            judged.append(replace(outcome, hinge=sum(s * s for _, _, s in short) / number, found=found, active=len(short)))
         if not judged[0].active:
             closest = float(judged[0].found.min()) if judged[0].found is not None else 0.0
             return judged[0], "optimal", f"global optimum of J on all {rows} paired rows: closest negative = {closest:.4g}"
@@ -231,8 +236,9 @@ class Loraclr(Checked):
         )
         return best, "refined" if best is not judged[0] else "unrefined", said
 
-    def _certify(self, problem: LayerProblem, up: Tensor, v: Tensor) -> tuple[str, Tensor, Contrast]:
-        """The certificate of the convex minimiser Q V, empty where the hinge is active; the distances it rests on, and their contrast.
+    def _certify(self, problem: LayerProblem, up: Tensor, v: Tensor) -> tuple[str, str, Tensor, Contrast]:
+        """The status and certificate of the convex minimiser Q V, or `refined` and none where the hinge is active; the distances that it
+        rests on, and their contrast.
 
         Some of the rows bound a distance over all of them from below, which is enough for an absolute margin: a few are tried first.
         A mean over rows is bounded by dividing by the full count, and a margin measured on some rows says nothing of the others.
@@ -252,13 +258,13 @@ class Loraclr(Checked):
             bound = found * ((rows / collected) ** 0.5 if self.distance == "rms" else 1.0)
             if (rows >= collected or self.margin_mode == "absolute") and bool((bound >= contrast.margins).all()):
                 closest = f"closest negative {'=' if rows >= collected else '>='} {float(bound.min()):.4g}"
-                return f"global optimum of J on all collected rows: {closest}", bound, contrast
+                return "optimal", f"global optimum of J on all collected rows: {closest}", bound, contrast
         if self.margin_mode == "absolute" and self.distance == "frobenius" and rows < collected:
             closest = f"closest negative >= {float(bound.min()):.4g} on {rows} of {collected} rows"
-            return f"undecided: {closest} does not reach the margin, and the hinge is left out", bound, contrast
+            return "undecided", f"undecided: {closest} does not reach the margin, and the hinge is left out", bound, contrast
         if contrast.active(found):
-            return "", found, contrast
-        return f"global optimum of J on all collected rows, with the hinge on {rows} paired ones", found, contrast
+            return "refined", "", found, contrast
+        return "optimal", f"global optimum of J on all collected rows, with the hinge on {rows} paired ones", found, contrast
 
     def _objective(self, mu: float) -> str:
         hinge = f"margin={self.margin:g} {self.margin_mode}, distance={self.distance}, anchor={self.anchor}, space={self.space}"

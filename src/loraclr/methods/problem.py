@@ -111,11 +111,15 @@ class LayerProblem:
 
 @dataclass(frozen=True, eq=False)
 class Distances:
-    """Exact distances of all pairs of concepts under one merged change: Frobenius norms over `rows` paired rows, float64."""
+    """Exact distances of all pairs of concepts under one merged change: Frobenius norms over `rows` paired rows, or `per_row`; float64."""
 
-    found: Tensor  # (N, N): ||Y_i - Yhat_j||, target i and prediction j; infinite on the diagonal
+    found: Tensor  # (N, N): ||Y_i - Yhat_j||, target i and prediction j
     natural: Tensor  # (N, N): ||Y_i - Y_j||
     rows: int
+
+    def per_row(self) -> Distances:
+        """Divided by sqrt(rows)."""
+        return Distances(self.found / self.rows**0.5, self.natural / self.rows**0.5, self.rows)
 
 
 @dataclass(frozen=True, eq=False)
@@ -134,7 +138,7 @@ class LayerSolution:
     `status` is one word ("optimal", "refined", "regularised", ...), `advice` a sentence when something deserves attention,
     `diagnostics` plain numbers for the receipt. `metric` makes the curvature (in, in) of the method's own objective, in which a cut to
     a smaller rank is then least; without it a cut is made in the mean Gram of the collected rows. A `claim` is what exact distances
-    over all rows can settle.
+    over all rows can settle, `distances` those it was settled by.
     """
 
     up: Tensor | None = None
@@ -145,6 +149,7 @@ class LayerSolution:
     diagnostics: Mapping[str, float | str | bool] = field(default_factory=dict)
     metric: Callable[[], Tensor] | None = None
     claim: Claim | None = None
+    distances: Distances | None = None
 
     def delta(self) -> Tensor:
         """(out, in)."""
