@@ -191,6 +191,18 @@ def test_merged_from_files_and_drawn(family, tmp_path):
     assert max(layer.residuals["fit/ada"] for layer in alone.layers) < 0.05, "one adapter behaves as it did"
 
 
+@pytest.mark.parametrize("method", ["ziplora", "lorahub"])
+def test_methods_that_run_the_unet_by_themselves_refuse_other_families_at_once(method, monkeypatch):
+    pipeline = Pipeline(twin("sdxl"))
+    pair = [adapter(pipeline, name, seed) for seed, name in enumerate(("ada", "ben"))]
+    for name in ("encode", "denoise"):
+        monkeypatch.setattr(Pipeline, name, lambda *_, **__: pytest.fail("work was done"))
+    with pytest.raises(PipelineError, match=f"method '{method}' with .*: not supported; use a Stable Diffusion 1 or 2"):
+        merge(pair, base=pipeline, method=method, collection=SMALL)
+    if method == "lorahub":
+        assert merge(pair, base=pipeline, method=method, score=lambda made: 0.0, parameters={"budget": 6}, collection=SMALL).layers
+
+
 # ---- what a family is
 
 

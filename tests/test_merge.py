@@ -24,7 +24,7 @@ from loraclr.methods import METHODS, LayerSolution, make_method, method_names
 from loraclr.pipeline import Pipeline
 
 UNION = tuple(sorted((*TEXT, *KEYS, *SPATIAL)))
-BRIEF = {"loraclr-reference": {"steps": 3}, "ziplora": {"steps": 2}, "lorahub": {"budget": 3}}  # enough to run through
+BRIEF = {"loraclr-reference": {"steps": 3}, "ziplora": {"steps": 2}, "lorahub": {"budget": 8}}  # enough to run through
 FAITHFUL = {"ridge": 1e-9, "preservation": 0.0, "margin": 0.0}
 KNOWING = ("loraclr", "loraclr-reference")
 
@@ -351,6 +351,28 @@ def refused(message: str, adapters, error: type[Exception] = MergeError, **setti
         merge(adapters, **{"method": "average", **settings})
     assert "\n" not in str(caught.value)
     return str(caught.value)
+
+
+def test_parameters_that_do_not_fit_the_merge_are_refused_before_anything_runs(shared, adapters, monkeypatch):
+    def work(*_, **__):
+        raise AssertionError("work was done")
+
+    for name in ("run", "encode", "captured"):
+        monkeypatch.setattr(Pipeline, name, work)
+    known = {"base": shared, "method": "loraclr", "error": UsageError}
+    chosen, said = {"choose": "held_out"}, "held-out prompts, but none {}; leave --quick out, which has none, or choose=fixed"
+    refused(said.format("runs the UNet"), adapters, **known, parameters=chosen, collection=replace(SMALL, spatial_held_out=0))
+    refused(said.format("is collected"), adapters, **known, parameters=chosen, collection=replace(SMALL, held_out=()))
+    refused("importance has 2 numbers for 3 concepts; give one for each", adapters, **known, parameters={"importance": (1.0, 2.0)})
+    small = {"parameters": {"budget": 7}, "score": lambda adapter: 0.0}
+    refused("budget 7 is too small to search over 3 adapters; give at least 8", adapters, **{**known, "method": "lorahub"}, **small)
+
+
+def test_a_stage_without_the_unet_can_be_chosen_by_held_out_prompts_of_a_quick_collection(shared, adapters):
+    settings = {"parameters": {"choose": "held_out"}, "collection": replace(SMALL, spatial_held_out=0)}
+    (layer, *_) = merge([adapters[2], adapters[2].with_(name="dan", triggers=("dan",))], base=shared, **settings).layers
+    assert layer.diagnostics["ridge_chosen_on"] == "held_out", "the receipt says that its held-out residuals are not of unseen prompts"
+    assert "ridge_chosen_on" not in run(adapters, shared).layers[0].diagnostics
 
 
 def test_inputs_that_do_not_fit_together(shared, adapters):

@@ -369,7 +369,15 @@ def test_a_method_that_needs_more_is_refused(whole):
     refused("loraclr needs .*paired rows", whole.build, parameters={"margin": 0.5})
     refused("custom-diffusion needs the released code's few unpadded prompts", whole.build, method="custom-diffusion")
     refused("weights were given for eve", whole.build, weights={"eve": 1.0})
+    refused("importance has 2 numbers for 3 concepts", whole.build, parameters={"importance": (1.0, 2.0)})
     assert whole.build(method="sum", parameters={"scale": 0.5}).mean_residual() > 0, "weights alone will do, and are measured"
+
+
+def test_a_ridge_is_chosen_by_held_out_prompts_only_where_the_pack_has_them(whole, shared, tmp_path):
+    assert whole.build(parameters={"choose": "held_out"}).layers[0].diagnostics["ridge_chosen_on"] == "held_out"
+    without = replace(TINY, spatial_held_out=0)
+    quick = Pack.create(tmp_path / "quick", three(shared)[:1], base=shared, collection=without)
+    refused("held-out prompts, but none runs the UNet", quick.build, parameters={"choose": "held_out"})
 
 
 def test_damage_is_told(whole, tmp_path):

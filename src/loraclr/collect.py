@@ -6,7 +6,7 @@ seed as every other concept. All concepts record the union of adapted layers: wh
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -91,6 +91,13 @@ class Collection:
             raise UsageError(f"spatial_held_out {self.spatial_held_out}, spatial_preserve {self.spatial_preserve}: give 0 or more, or None")
         if self.precision not in PRECISIONS:
             raise UsageError(f"precision {self.precision!r}: give one of {', '.join(PRECISIONS)}")
+
+
+def check_held_out(settings: Collection, stages: Iterable[str]) -> None:
+    """Raises UsageError where one of these stages (`stage_of`) would have no held-out prompts to choose by."""
+    if not settings.held_out or (settings.spatial_held_out == 0 and "spatial" in stages):
+        where = "runs the UNet" if settings.held_out else "is collected"
+        raise UsageError(f"choose=held_out needs held-out prompts, but none {where}; leave --quick out, which has none, or choose=fixed")
 
 
 # The released code's prompts: no padding, one of them through the UNet, every row kept as it is. It differs in one thing: for keys and

@@ -20,7 +20,7 @@ import torch
 from loraclr import __version__, disk
 from loraclr.adapter import Adapter, Layer, LoraLayer
 from loraclr.blocks import weighted
-from loraclr.collect import ALL_ROWS, PAPER, REPEATED, Collection, Concept, collect, collection_for, stage_of
+from loraclr.collect import ALL_ROWS, PAPER, REPEATED, Collection, Concept, check_held_out, collect, collection_for, stage_of
 from loraclr.errors import MergeError, UsageError
 from loraclr.formats import check_layers, load_adapter, provenance, save_adapter, sidecar
 from loraclr.formats.files import digest, tensor_digest
@@ -28,6 +28,7 @@ from loraclr.linalg import Truncation, factor, lowest_rank, truncate, truncate_a
 from loraclr.lockstep import settled
 from loraclr.methods import CrossTalk, make_method
 from loraclr.methods.crosstalk import meeting, residuals_of, tables_of
+from loraclr.methods.options import Checked
 from loraclr.methods.problem import AdapterMethod, LayerProblem, LayerSolution, Method, Siblings, residuals
 from loraclr.pipeline import Pipeline
 from loraclr.predictions import model_problem
@@ -210,6 +211,8 @@ def merge(
     ]
     prompted = bool({"statistics", "sample", "predictions"} & solver.needs) or measure
     concepts = concepts_of([adapter for adapter, *_ in sources], weights, calls or {}, needed=prompted, base=base, allow=allow)
+    if isinstance(solver, Checked):
+        solver.check(len(concepts))
     if block_weights:
         attentions = None if base is None else base.cross_attention_layers
         concepts = [
@@ -241,6 +244,10 @@ def merge(
     stages = [list(shapes)] if base is None else base.stages(list(shapes))
     if base is not None:
         check_fit(shapes, base)
+        if "predictions" in solver.needs and score is None:
+            base.check_plain(f"method {solver.name!r}")
+        if collecting and "held_out" in solver.needs:
+            check_held_out(settings, [stage_of(base, names) for names in stages])
     seconds = {"load": time.perf_counter() - started, "collect": 0.0, "solve": 0.0}
     solved: dict[str, LayerSolution] = {}
     if isinstance(solver, AdapterMethod) and base is not None:

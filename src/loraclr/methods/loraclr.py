@@ -36,7 +36,8 @@ class Loraclr(Checked):
 
     ridge: Annotated[float, Option("mu, in mean diagonals of S: pulls towards the prior, against fitting noise", 0)] = 3e-4
     choose: Annotated[
-        Literal["fixed", "held_out"], Option("take `ridge` as it is, or the best of 1, 3, 10, ... 1000 times it on held-out prompts")
+        Literal["fixed", "held_out"],
+        Option("take `ridge` as it is, or the best of 1, 3, 10, ... 1000 times it on held-out prompts, which then judge no more"),
     ] = "fixed"
     preservation: Annotated[
         float, Option("w: how much concept-free prompts must stay as they are; 1 as all concepts together, 0 needs no such statistics", 0)
@@ -84,7 +85,11 @@ class Loraclr(Checked):
         exact = {"lockstep"} if self.certificate == "exact" else set()
         again = {"twins", "base"} if self.rounds > 1 else set()
         return frozenset(
-            {"statistics"} | again | ({"preserve"} if self.preservation > 0 else set()) | (hinge | exact if self.margin > 0 else set())
+            {"statistics"}
+            | again
+            | ({"held_out"} if self.choose == "held_out" else set())
+            | ({"preserve"} if self.preservation > 0 else set())
+            | (hinge | exact if self.margin > 0 else set())
         )
 
     def __post_init__(self) -> None:
@@ -99,8 +104,13 @@ class Loraclr(Checked):
             names = ", ".join(name for name, given in unfit.items() if given)
             raise UsageError(f"method 'loraclr': rounds={self.rounds} knows no {names}; leave that out, or rounds at 1")
 
+    def check(self, concepts: int) -> None:
+        if self.importance and len(self.importance) != concepts:
+            raise UsageError(f"importance has {len(self.importance)} numbers for {concepts} concepts; give one for each")
+
     def solve(self, problem: LayerProblem) -> LayerSolution:
         number = len(problem.concepts)
+        self.check(number)
         quadratic = self._quadratic(problem)
         if self.choose == "held_out":
             quadratic = _best(quadratic, Quadratic.held_out(problem))

@@ -8,6 +8,7 @@ from typing import Annotated, Any, ClassVar
 import torch
 from torch import Tensor
 
+from loraclr.errors import UsageError
 from loraclr.methods.options import Checked, Option
 from loraclr.methods.problem import LayerSolution, ModelProblem
 
@@ -20,10 +21,11 @@ class Lorahub(Checked):
     or minus the score that `merge(score=...)` was given, a function of the merged adapter. The search is COBYQA (Ragonneau 2022, in
     scipy), which models the cost by quadratics; the best coefficients that were tried are returned. The published method scales both
     factors and so merges (sum c_i B_i)(sum c_j A_j), with cross terms and for equal ranks only; here whole deltas are weighed. An
-    adapter without this layer adds nothing. Which local optimum is found may depend on the order of the inputs.
+    adapter without this layer adds nothing. Which local optimum is found may depend on the order of the inputs. Without a score of
+    yours it runs on Stable Diffusion 1 and 2 only; with one, wherever that does.
     """
 
-    budget: Annotated[int, Option("most evaluations of the cost; the first 2 N + 1 only explore", 2)] = 40
+    budget: Annotated[int, Option("most evaluations of the cost, at least 2 N + 2; the first 2 N + 1 only explore", 4)] = 40
     bound: Annotated[float, Option("largest coefficient, either way", 0)] = 1.5
     penalty: Annotated[float, Option("on the mean absolute coefficient", 0)] = 0.05
 
@@ -33,10 +35,15 @@ class Lorahub(Checked):
     reference: ClassVar[str] = "Huang et al. 2023, arXiv 2307.13269"
     needs: ClassVar[frozenset[str]] = frozenset({"base", "predictions", "short", "score"})
 
+    def check(self, concepts: int) -> None:
+        if self.budget < (least := 2 * concepts + 2):
+            raise UsageError(f"budget {self.budget} is too small to search over {concepts} adapters; give at least {least}")
+
     def solve_model(self, problem: ModelProblem) -> dict[str, LayerSolution]:
         from scipy.optimize import minimize
 
         number = len(problem.concepts)
+        self.check(number)
         tried: list[tuple[float, tuple[float, ...]]] = []
         with torch.no_grad():
             unit = 1.0 if problem.score else max(float(problem.loss(self._changes(problem, (0.0,) * number), None)), 1e-300)
@@ -55,7 +62,7 @@ class Lorahub(Checked):
             [0.0] * number,
             method="COBYQA",
             bounds=[(-self.bound, self.bound)] * number,
-            options={"maxfev": max(self.budget, 2 * number + 2), "initial_tr_radius": self.bound / 2},
+            options={"maxfev": self.budget, "initial_tr_radius": self.bound / 2},
         )
         least, best = min(tried)
         notes: dict[str, float | str | bool] = {

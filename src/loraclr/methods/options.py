@@ -98,3 +98,6 @@ class Checked:
         found = faults(type(self), {row.name: getattr(self, row.name) for row in parameters(type(self))})
         if found:
             raise UsageError(f"method {getattr(self, 'name', type(self).__name__)!r}: " + " ".join(found))
+
+    def check(self, concepts: int) -> None:
+        """Raises UsageError where the hyper-parameters are not for that many concepts."""

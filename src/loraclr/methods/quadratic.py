@@ -48,8 +48,6 @@ class Quadratic:
         mu is `ridge` times the mean diagonal of S, which `balance` leaves as it is.
         """
         number, width = len(problem.concepts), problem.width
-        if importance and len(importance) != number:
-            raise MergeError(f"importance has {len(importance)} numbers for {number} concepts; give one for each")
         fit = problem.moments()
         shares = [(importance[i] if importance else 1.0) / (fit[i].count if normalise else 1) for i in range(number)]
         if balance:

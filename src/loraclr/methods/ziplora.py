@@ -22,7 +22,7 @@ class Ziplora(Checked):
     mean |m_i * m_j|: the noise predictions on each concept's own prompts, at latents of its own denoising, with one drawn step for all
     concepts at a time. Needs no pictures. The paper's content and style are two; here any number. No gradient reaches text encoders:
     there the m_i stay 1, and the predictions are those behind the so merged text encoder. An adapter without this layer adds nothing.
-    Rank at most sum_i r_i.
+    Rank at most sum_i r_i. Stable Diffusion 1 and 2 only.
     """
 
     steps: Annotated[int, Option("optimiser steps", 1)] = 100

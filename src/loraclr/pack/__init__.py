@@ -17,7 +17,7 @@ from typing import Any
 
 from loraclr import disk
 from loraclr.adapter import STAGES, Adapter
-from loraclr.collect import Collection, Concept
+from loraclr.collect import Collection, Concept, check_held_out
 from loraclr.errors import FormatError, MergeError, UsageError
 from loraclr.merge import MergeResult, merge
 from loraclr.methods import NEEDS, Method, make_method
@@ -28,7 +28,7 @@ from loraclr.statistics import LayerStats, Moments
 
 __all__ = ["Pack", "PackFile"]
 
-HOLDS = frozenset({"statistics", "preserve", "generator"})  # what of a method's needs a pack can give
+HOLDS = frozenset({"statistics", "held_out", "preserve", "generator"})  # what of a method's needs a pack can give
 
 Tell = Callable[[str, float], None]
 
@@ -174,6 +174,8 @@ class Pack:
             asked = " and ".join(words for need, words in NEEDS.items() if need in lacking)
             hint = "set margin=0, or " if hasattr(solver, "margin") and "twins" not in lacking else ""
             raise UsageError(f"{solver.name} needs {asked}, which a pack does not hold; {hint}use `loraclr merge`")
+        if "held_out" in solver.needs:
+            check_held_out(self.collection, [stage for held in self.files for stage in held.layers.values()])
         if unknown := sorted(set(weights or {}) - set(self.concepts)):
             raise UsageError(f"weights were given for {', '.join(unknown)}; {self.path} holds {', '.join(self.concepts)}")
         concepts, statistics = [self.concept(held) for held in self.concepts], self.statistics()
