@@ -206,6 +206,19 @@ def test_all_rows_of_unpadded_texts_pair_variant_by_variant(pipeline, concepts):
     assert {len(rows) for rows in found[TEXT[0]].sample.values()} == {layers * min(shortest, of_ben)}
 
 
+@pytest.mark.parametrize("names", [TEXT, KEYS], ids=["text", "keys"])
+def test_all_rows_of_every_concept_are_there_beside_the_paired_ones(pipeline, concepts, names):
+    found = collect(pipeline, concepts, names, settings=dataclasses.replace(PAPER, held_out=(), preserve=()))
+    for name in names:
+        stats = found[name]
+        assert {who: len(rows) for who, rows in stats.rows.items()} == {who: moments.count for who, moments in stats.fit.items()}
+        assert all(torch.allclose(linalg.gram(rows.double()), stats.fit[who].gram()) for who, rows in stats.rows.items())
+        assert len({len(rows) for rows in stats.rows.values()}) > 1 == len({len(rows) for rows in stats.sample.values()})
+    assert not collect(pipeline, concepts, names, settings=SMALL)[names[0]].rows, "nobody asked for all"
+    padded = dataclasses.replace(PAPER, held_out=(), preserve=(), padded=True)
+    assert not collect(pipeline, concepts, names, settings=padded)[names[0]].rows, "all are paired"
+
+
 def pipeline_tokens(pipeline, concept, prompt):
     with pipeline.with_tokens(concept.adapter.tokens):
         return range(pipeline.token_count(prompt))

@@ -39,6 +39,19 @@ def test_regmean_by_hand():
         assert torch.allclose(solve("regmean", problem, off_diagonal=share).delta(), expected, atol=1e-12)
 
 
+def test_gradient_fusion_sees_all_rows_of_every_concept():
+    """The paired rows are the ends of all; where those are all, nothing changes to the last bit."""
+    problem = make_problem(3, rows=40)
+    whole = dict(zip(problem.concepts, features(problem), strict=True))
+    same = replace(problem, statistics=replace(problem.statistics, rows=whole))
+    assert torch.equal(solve("gradient-fusion", same).delta(), solve("gradient-fusion", problem).delta())
+    more = {name: torch.cat([rows, torch.randn(5 * k, 6).double()]) for k, (name, rows) in enumerate(whole.items())}
+    statistics = LayerStats(NAME, {name: Moments.of(rows) for name, rows in more.items()}, sample=whole, rows=more)
+    found = solve("gradient-fusion", replace(problem, statistics=statistics))
+    expected = solve("regmean", replace(problem, statistics=statistics), off_diagonal=1.0).delta()
+    assert relative(found.delta(), expected) < 1e-3 and found.diagnostics["rows"] == 40 + 45 + 50
+
+
 def test_regmean_with_diagonal_grams_is_the_mean_by_energy_and_in_between_its_formula():
     problem = make_problem(3, weights=[1.0, 0.5, 2.0])
     grams, deltas = [x.T @ x for x in features(problem)], problem.deltas()

@@ -76,6 +76,7 @@ def stats(concepts, rows=4, width=6):
         {name: Moments.of(draw(9, width)) for name in concepts},
         Moments.of(draw(9, width)),
         {name: draw(3, width) for name in concepts},
+        {name: draw(4 + number, width) for number, name in enumerate(concepts)},
     )
 
 
@@ -99,7 +100,8 @@ def test_save_and_load(tmp_path, rows):
             assert found.count == moments.count and (found.rows is None) == (moments.rows is None)
             assert torch.equal(found.gram(), moments.gram())
     assert torch.equal(again.preserve.gram(), original["unet.x"].preserve.gram())
-    assert all(torch.equal(again.sample[name], rows) for name, rows in original["unet.x"].sample.items())
+    for kind in ("sample", "rows"):
+        assert all(torch.equal(getattr(again, kind)[name], rows) for name, rows in getattr(original["unet.x"], kind).items())
 
 
 @pytest.fixture

@@ -229,7 +229,7 @@ def collect(
             {concept: moments[name] for concept, moments in found["fit"].items()},
             {concept: moments[name] for concept, moments in found["held_out"].items() if held_out},
             preserved.get(name),
-            _paired({concept: parts.get(name, []) for concept, parts in kept.items()}, settings.sample),
+            *_rows({concept: parts.get(name, []) for concept, parts in kept.items()}, settings.sample),
         )
         for name in names
     }
@@ -359,9 +359,12 @@ class _Split:
             seen.append((name, part))
 
 
-def _paired(kept: Mapping[str, list[Kept]], limit: int) -> Mapping[str, Tensor]:
-    """The same number of rows of each part for every concept; at most `limit` rows."""
+def _rows(kept: Mapping[str, list[Kept]], limit: int) -> tuple[Mapping[str, Tensor], Mapping[str, Tensor]]:
+    """The same number of rows of each part for every concept, at most `limit` rows; and all rows, if that are more and all were wanted."""
     if not limit or not all(kept.values()):
-        return {}
-    counts = [min(count for count, _ in part) for part in zip(*kept.values(), strict=True)]
-    return Sample({name: [read for _, read in parts] for name, parts in kept.items()}, counts, limit)
+        return {}, {}
+    reads = {name: [read for _, read in parts] for name, parts in kept.items()}
+    counts = [[count for count, _ in part] for part in zip(*kept.values(), strict=True)]
+    paired = Sample(reads, [min(part) for part in counts], limit)
+    whole = limit >= ALL_ROWS and any(len(set(part)) > 1 for part in counts)
+    return paired, Sample(reads, [max(part) for part in counts], limit) if whole else {}

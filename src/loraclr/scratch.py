@@ -151,7 +151,7 @@ class StoredMoments(Moments):
 
 
 class Sample(Mapping[str, Tensor]):
-    """Paired rows by concept, read when they are asked for: `count` of each part, at most `limit` in all."""
+    """Rows by concept, read when they are asked for: at most `count` of each part, and `limit` in all."""
 
     def __init__(self, parts: Mapping[str, list[Read]], counts: list[int], limit: int) -> None:
         self._parts, self._counts, self._limit = parts, counts, limit

@@ -169,7 +169,8 @@ class LayerStats:
 
     `fit` is what a method may learn from; `held_out` comes from other prompts and only judges; `preserve` is from prompts
     without any concept, where the merged model should stay the base; `sample` holds a few rows per concept, *paired*: row k of
-    every concept comes from the same prompt template, position and timestep.
+    every concept comes from the same prompt template, position and timestep. Where all rows were asked for and texts of different
+    length leave some of them without a partner, `rows` holds all of every concept.
     """
 
     layer: str
@@ -177,6 +178,7 @@ class LayerStats:
     held_out: Mapping[str, Moments] = field(default_factory=dict)
     preserve: Moments | None = None
     sample: Mapping[str, Tensor] = field(default_factory=dict)  # concept -> (rows, in)
+    rows: Mapping[str, Tensor] = field(default_factory=dict)  # concept -> (its rows, in)
 
     @property
     def concepts(self) -> tuple[str, ...]:
@@ -187,7 +189,7 @@ class LayerStats:
         return next(iter(self.fit.values())).width
 
     def __add__(self, other: LayerStats) -> LayerStats:
-        """Statistics of two runs sum; the paired sample is the first run's."""
+        """Statistics of two runs sum; the rows are the first run's."""
         if self.layer != other.layer:
             raise ValueError(f"statistics of {self.layer} and {other.layer} do not add")
         preserve = [m for m in (self.preserve, other.preserve) if m is not None]
@@ -197,6 +199,7 @@ class LayerStats:
             _sum(self.held_out, other.held_out),
             preserve[0] + preserve[1] if len(preserve) == 2 else (preserve[0] if preserve else None),
             self.sample or other.sample,
+            self.rows or other.rows,
         )
 
 
@@ -241,8 +244,9 @@ def save_statistics(statistics: Mapping[str, LayerStats], path: str | Path) -> N
                 put(f"{name}/{kind}/{concept}", moments)
         if stats.preserve is not None:
             put(f"{name}/preserve/", stats.preserve)
-        for concept, rows in stats.sample.items():
-            tensors[f"{name}/sample/{concept}/rows"] = rows.contiguous()
+        for kind in ("sample", "rows"):
+            for concept, rows in getattr(stats, kind).items():
+                tensors[f"{name}/{kind}/{concept}/rows"] = rows.contiguous()
     with disk.whole(path) as part:
         try:
             save_file(tensors, str(part), metadata=counts)
@@ -253,7 +257,7 @@ def save_statistics(statistics: Mapping[str, LayerStats], path: str | Path) -> N
 def load_statistics(path: str | Path) -> dict[str, LayerStats]:
     """What `save_statistics` wrote."""
     parts: dict[str, dict[str, dict[str, Moments]]] = {}
-    samples: dict[str, dict[str, Tensor]] = {}
+    loose: dict[str, dict[str, dict[str, Tensor]]] = {"sample": {}, "rows": {}}
     with safe_open(str(path), "pt") as file:
         counts = file.metadata() or {}
         for key in file.keys():  # noqa: SIM118
@@ -261,8 +265,8 @@ def load_statistics(path: str | Path) -> dict[str, LayerStats]:
             concept, form = rest.rsplit("/", 1)
             tensor = file.get_tensor(key)
             layer = parts.setdefault(name, {"fit": {}, "held_out": {}, "preserve": {}})
-            if kind == "sample":
-                samples.setdefault(name, {})[concept] = tensor
+            if kind in loose:
+                loose[kind].setdefault(name, {})[concept] = tensor
                 continue
             if form not in ("rows", "gram") or f"{name}/{kind}/{concept}" not in counts:
                 raise FormatError(f"{path}: {key!r} is not a statistics key; collect the statistics again")
@@ -270,6 +274,6 @@ def load_statistics(path: str | Path) -> dict[str, LayerStats]:
             rows, square = (tensor, None) if form == "rows" else (None, tensor)
             layer[kind][concept] = Moments(tensor.shape[1], int(count), rows, square, bool(sketched))
     return {
-        name: LayerStats(name, layer["fit"], layer["held_out"], layer["preserve"].get(""), samples.get(name, {}))
+        name: LayerStats(name, layer["fit"], layer["held_out"], layer["preserve"].get(""), *(rows.get(name, {}) for rows in loose.values()))
         for name, layer in parts.items()
     }

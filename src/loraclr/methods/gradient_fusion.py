@@ -32,15 +32,15 @@ class GradientFusion(Checked):
     summary: ClassVar[str] = "Mix-of-Show's least squares on raw features, by L-BFGS"
     when: ClassVar[str] = "to compare with Mix-of-Show as published; `regmean` and `loraclr` reach the optimum in a fraction of the time"
     reference: ClassVar[str] = "Gu et al. 2023, arXiv 2305.18292"
-    needs: ClassVar[frozenset[str]] = frozenset({"statistics", "sample", "rows"})
+    needs: ClassVar[frozenset[str]] = frozenset({"statistics", "rows"})
 
     def solve(self, problem: LayerProblem) -> LayerSolution:
-        rows = problem.sample()
+        rows = problem.rows()
         ups, downs = zip(*problem.factors, strict=True)
         basis, inside = torch.linalg.qr(torch.cat(ups, 1))
         parts = torch.split_with_sizes(inside, [up.shape[1] for up in ups], 1)
         targets = torch.cat([(x @ down.T) @ part.T for x, down, part in zip(rows, downs, parts, strict=True)]).float()
-        features = rows.flatten(0, 1).float()
+        features = torch.cat(rows).float()
         steps = self.spatial_steps if stage_of(problem.layer) == "spatial" else self.steps
         best, first, least, used = self._descend(features, targets, problem.out, steps)
         return LayerSolution.of_factors(

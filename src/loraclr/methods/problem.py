@@ -102,6 +102,12 @@ class LayerProblem:
             )
         return torch.stack([sample[concept].double() for concept in self.concepts])
 
+    def rows(self) -> list[Tensor]:
+        """All rows (rows_i, in) of each concept, paired or not, float64; the paired ones where no others were kept."""
+        if self.statistics is None or not self.statistics.rows:
+            return list(self.sample())
+        return [self.statistics.rows[concept].double() for concept in self.concepts]
+
     def weight(self) -> Tensor:
         """The base weight W (out, in), float64. Raises MergeError without one."""
         if self.base is None:
