@@ -10,7 +10,7 @@ import torch
 from problems import NAME, features, make_problem, relative
 
 from loraclr.adapter import DenseLayer, LoraLayer
-from loraclr.methods import METHODS, AdapterMethod, make_method
+from loraclr.methods import METHODS, AdapterMethod, ModelProblem, make_method
 
 SHRUNK = {"preservation": 0.0, "ridge": 1e-11}  # without preservation and ridge, which trade faithfulness for safety on purpose
 LONG = {"steps": 400, "learning_rate": 3e-2, "margin": 0.0, "penalty": 0.0}
@@ -34,14 +34,29 @@ FAITHFUL = {  # method -> hyper-parameters in which it reproduces what it is giv
     "knots": ({"density": 1.0}, 1e-13),
     "linear": ({}, 1e-13),
 }
-MODELS = ("ziplora", "lorahub")  # solve all layers at once: test_methods_models.py
+MODELS = ("ziplora", "lorahub")  # solve all layers at once and stop early: they bring nobody back (but see test_methods_models.py)
 TOKENS = ("pplus",)  # leaves weights alone on purpose: a law of its own
-DEFAULT = tuple(FAITHFUL)
-SINGLE = {"loraclr-reference": 1e-4, "gradient-fusion": 1e-3}  # descend in float32, whose loss is flat within sqrt(eps) of the optimum
+DEFAULT = (*FAITHFUL, *MODELS)
+ORDERED = tuple(name for name in DEFAULT if name != "lorahub")  # which local optimum a search finds may depend on the order
+ZEROED = tuple(name for name in DEFAULT if name != "ziplora")  # a change of zero has columns, which others are kept apart from
+# In float32: a loss that is flat within sqrt(eps) of the optimum, and steps and searches that follow its rounding.
+SINGLE = {"loraclr-reference": 1e-4, "gradient-fusion": 1e-3, "ziplora": 1e-3, "lorahub": 1e-2}
 COPIES = {  # the weights under which N copies are one: 1 where not said
     **dict.fromkeys(("sum", "svd", "orthogonal", "dare-linear", "magnitude-prune"), 1 / 3),
     "linear": 1 / 9,  # N factors times N factors
 }
+
+
+def solve(method, problem):
+    """For a method that judges whole models, one of this layer, whose predictions are the layer's change."""
+    if not isinstance(method, AdapterMethod):
+        return method.solve(problem)
+    wanted = [delta.float() for delta in problem.deltas()]
+
+    def loss(changes, draw):
+        return torch.stack([(changes[NAME] - own).square().mean() for own in wanted]).mean()
+
+    return method.solve_model(ModelProblem(problem.concepts, {NAME: problem}, loss))[NAME]
 
 
 def near(name, tolerance):
@@ -102,24 +117,24 @@ def test_copies_are_one(name):
     assert relative(method.solve(copies).delta().double(), one.delta(0)) < tolerance
 
 
-@pytest.mark.parametrize("name", DEFAULT)
+@pytest.mark.parametrize("name", ORDERED)
 def test_order_is_irrelevant(name):
     problem = make_problem(3)
-    expected = make_method(name).solve(problem).delta()
+    expected = solve(make_method(name), problem).delta()
     for order in itertools.permutations(range(3)):
         shuffled = replace(problem, concepts=tuple(problem.concepts[i] for i in order), layers=tuple(problem.layers[i] for i in order))
-        found = make_method(name).solve(shuffled).delta()
+        found = solve(make_method(name), shuffled).delta()
         assert relative(found, expected) < near(name, 1e-8)
 
 
-@pytest.mark.parametrize("name", DEFAULT)
+@pytest.mark.parametrize("name", ZEROED)
 def test_a_layer_that_an_adapter_lacks_is_a_change_of_zero(name):
     problem = make_problem(3)
     absent = replace(problem, layers=(problem.layers[0], None, None))
     zero = LoraLayer(NAME, torch.zeros(2, 6), torch.zeros(8, 2))
     explicit = replace(problem, layers=(problem.layers[0], zero, zero))
-    found = make_method(name).solve(absent).delta()
-    assert relative(found, make_method(name).solve(explicit).delta()) < near(name, 1e-9)
+    found = solve(make_method(name), absent).delta()
+    assert relative(found, solve(make_method(name), explicit).delta()) < near(name, 1e-9)
     assert float(found.norm()) > 0
     share = {"average": 1 / 3, "sum": 1.0, "svd": 1.0, "orthogonal": 1.0, "linear": 1.0}.get(name)
     if share is not None:
@@ -133,9 +148,9 @@ def test_an_adapter_that_does_nothing_changes_nothing(name):
     idle = LoraLayer(NAME, torch.randn(2, 6), torch.zeros(8, 2))
     more = replace(problem, concepts=(*problem.concepts, "idle"), layers=(*problem.layers, idle), weights=(*problem.weights, 1.0))
     if name == "linear":  # its `down` is added to the others' all the same
-        assert relative(make_method(name).solve(more).delta(), make_method(name).solve(problem).delta()) > 0.1
+        assert relative(solve(make_method(name), more).delta(), solve(make_method(name), problem).delta()) > 0.1
     else:
-        assert relative(make_method(name).solve(more).delta(), make_method(name).solve(problem).delta()) < 1e-12
+        assert relative(solve(make_method(name), more).delta(), solve(make_method(name), problem).delta()) < 1e-12
     average = make_method("average")
     assert relative(average.solve(more).delta(), average.solve(problem).delta() * 3 / 4) < 1e-13
 
@@ -147,7 +162,7 @@ def test_scale_and_weight_are_folded_once(name):
     a, b = problem.layers
     folded = replace(problem, layers=(LoraLayer(NAME, a.down, a.up * a.scale * 1.5), LoraLayer(NAME, a.down * 0 + b.down * b.scale, b.up)))
     folded = replace(folded, weights=(1.0, 1.0))
-    found, expected = (make_method(name).solve(p).delta() for p in (problem, folded))
+    found, expected = (solve(make_method(name), p).delta() for p in (problem, folded))
     assert relative(found, expected) < near(name, 1e-11)
 
 
@@ -155,7 +170,7 @@ def test_scale_and_weight_are_folded_once(name):
 def test_a_dense_layer_is_its_lora(name):
     problem = make_problem(2)
     dense = replace(problem, layers=(DenseLayer(NAME, problem.layers[0].delta(torch.float64)), problem.layers[1]))
-    found, expected = (make_method(name).solve(p).delta() for p in (dense, problem))
+    found, expected = (solve(make_method(name), p).delta() for p in (dense, problem))
     assert relative(found, expected) < near(name, 1e-10)
 
 
@@ -164,7 +179,7 @@ def test_a_convolution_is_linear_on_its_flattened_kernel(name):
     problem = make_problem(2, width=12)
     kernels = tuple(LoraLayer(NAME, layer.down.view(2, 3, 2, 2), layer.up.view(8, 2, 1, 1), layer.scale) for layer in problem.layers)
     convolution = replace(problem, shape=(8, 3, 2, 2), layers=kernels, base=problem.base.view(8, 3, 2, 2))
-    found, expected = (make_method(name).solve(p).delta() for p in (convolution, problem))
+    found, expected = (solve(make_method(name), p).delta() for p in (convolution, problem))
     assert found.shape == (8, 12)
     assert torch.equal(found, expected)
 
@@ -173,7 +188,7 @@ def test_a_convolution_is_linear_on_its_flattened_kernel(name):
 def test_half_precision_files_give_the_same_merge(name):
     problem = make_problem(3)
     half = replace(problem, layers=tuple(LoraLayer(NAME, a.down.half(), a.up.half(), a.scale) for a in problem.layers))
-    found, expected = (make_method(name).solve(p).delta() for p in (half, problem))
+    found, expected = (solve(make_method(name), p).delta() for p in (half, problem))
     assert relative(found, expected) < 3e-3
 
 
@@ -182,7 +197,7 @@ def test_the_same_input_gives_the_same_bits_and_is_left_alone(name):
     problem = make_problem(3)
     before = [(layer.up.clone(), layer.down.clone()) for layer in problem.layers]
     gram = problem.statistics.fit["c0"].gram().clone()
-    solutions = [make_method(name).solve(problem) for _ in range(2)]
+    solutions = [solve(make_method(name), problem) for _ in range(2)]
     assert torch.equal(solutions[0].delta(), solutions[1].delta())
     assert solutions[0].diagnostics == solutions[1].diagnostics
     assert all(
@@ -196,9 +211,9 @@ def test_nothing_leaks_into_autograd(name):
     problem = make_problem(2)
     torch.set_grad_enabled(False)  # the collecting and merging stages run without gradients
     try:
-        quiet = make_method(name).solve(problem)
+        quiet = solve(make_method(name), problem)
     finally:
         torch.set_grad_enabled(True)
-    loud = make_method(name).solve(problem)
+    loud = solve(make_method(name), problem)
     assert not loud.delta().requires_grad
     assert torch.equal(quiet.delta(), loud.delta())

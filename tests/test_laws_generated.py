@@ -15,21 +15,25 @@ from loraclr.methods import METHODS, make_method
 from loraclr.methods.knots import aligned
 
 SCALE = st.one_of(st.floats(1e-3, 1e3), st.floats(-1e3, -1e-3))
-ANY = [name for name in METHODS if name not in ("linear", "pplus", "ziplora", "lorahub", "loraclr-reference", "gradient-fusion")]
+# Left out, as loraclr:contrastive is: what descends or searches for a number of steps, where rounding decides. See test_laws.py.
+STOPPED = ("loraclr-reference", "gradient-fusion", "ziplora", "lorahub")
+ANY = [name for name in (*METHODS, "loraclr:exact") if name not in STOPPED]
+# Solves, whose conditioning costs digits; a penalty or a hinge is not linear in the weights either.
+FITTED = ("loraclr", "loraclr:exact", "regmean", "custom-diffusion")
 WHOLE = {"ties": 1.0, "dare-linear": 1.0, "dare-ties": 1.0, "magnitude-prune": 1.0, "knots": 1.0}
 SUMS = ("sum", "orthogonal", "svd", "dare-linear", "magnitude-prune")
 quick = settings(max_examples=20, deadline=None, derandomize=True)
 
 
 @st.composite
-def problems(draw, *, dense: bool = True):
+def problems(draw, *, dense: bool = True, one_rank: bool = False):
     out, width = draw(st.integers(1, 9)), draw(st.integers(2, 9))
     number = draw(st.integers(1, 4))
     make = torch.Generator().manual_seed(draw(st.integers(0, 1 << 30)))
-    layers = []
+    layers, common = [], draw(st.integers(1, 4)) if one_rank else 0
     for _ in range(number):
         kind = draw(st.sampled_from(["low", "low", "low", "missing", *(["dense"] if dense else [])]))
-        rank = draw(st.integers(1, 4))  # may pass what the shape can hold
+        rank = common or draw(st.integers(1, 4))  # may pass what the shape can hold
         down, up = torch.randn(rank, width, generator=make), torch.randn(out, rank, generator=make)
         scale = draw(SCALE)
         layers.append({"low": LoraLayer(NAME, down, up, scale), "dense": DenseLayer(NAME, up @ down * scale), "missing": None}[kind])
@@ -75,15 +79,17 @@ def test_knots_is_exact_before_it_votes(problem):
 
 
 @pytest.mark.parametrize("name", ANY)
-@given(problem=problems())
+@given(data=st.data())
 @settings(quick, max_examples=8)
-def test_shape_order_and_missing_layers(name, problem):
+def test_shape_order_and_missing_layers(name, data):
     """Finite, of the layer's shape, the same in reverse order; a missing layer is a change of zero."""
+    problem = data.draw(problems(dense=name != "linear", one_rank=name == "linear"))
     found = solve(name, problem).delta()
     size = sum(float(delta.norm()) for delta in problem.deltas())
     assert found.shape == (problem.out, problem.width) and bool(torch.isfinite(found).all())
     reverse = replace(problem, concepts=problem.concepts[::-1], layers=problem.layers[::-1], weights=problem.weights[::-1])
-    zero = LoraLayer(NAME, torch.zeros(1, problem.width), torch.zeros(problem.out, 1))
+    rank = next(layer.rank for layer in problem.layers if layer) if name == "linear" else 1
+    zero = LoraLayer(NAME, torch.zeros(rank, problem.width), torch.zeros(problem.out, rank))
     explicit = replace(problem, layers=tuple(layer or zero for layer in problem.layers))
     same = {"rank": max(layer.rank for layer in problem.layers if layer)} if name == "svd" else {}
     if name == "svd":
@@ -92,11 +98,12 @@ def test_shape_order_and_missing_layers(name, problem):
         assert float((solve(name, other, **same).delta() - found).norm()) < 1e-7 * size
 
 
-@pytest.mark.parametrize("name", [name for name in ANY if name not in ("loraclr", "regmean", "custom-diffusion")])
-@given(problem=problems(dense=False), factor=st.sampled_from([-3.0, -1.0, 0.25, 8.0]))
+@pytest.mark.parametrize("name", [name for name in ANY if name not in FITTED])
+@given(data=st.data(), factor=st.sampled_from([-3.0, -1.0, 0.25, 8.0]))
 @settings(quick, max_examples=8)
-def test_a_scale_goes_through(name, problem, factor):
+def test_a_scale_goes_through(name, data, factor):
     """All weights times c: the merge times c, and none knows whether weight or scale did it. Signs too, where there is no tie of +."""
+    problem = data.draw(problems(dense=False, one_rank=name == "linear"))
     parameters = {"rank": 2} if name == "svd" else {}
     found = solve(name, problem, **parameters).delta() * factor
     size = abs(factor) * sum(float(delta.norm()) for delta in problem.deltas())
