@@ -108,7 +108,7 @@ def _stages(result: MergeResult) -> str:
     for stage in sorted({layer.stage for layer in result.layers}):
         layers = [layer for layer in result.layers if layer.stage == stage]
         name = {"text": "text encoder", "keys": "cross-attention k, v", "spatial": "other attention"}[stage_of(layers[0].layer)]
-        means = [f"{mean_residual(layers, kind):.2f}" for kind in ("fit", "held_out")]
+        means = [f"{mean_residual(layers, kind):.2f}".replace("nan", "–") for kind in ("fit", "held_out")]
         ranks = f"{min(layer.rank for layer in layers)}–{max(layer.rank for layer in layers)}"
         cells = (name, len(layers), f"{layers[0].rows} / {layers[0].width}", *means, ranks)
         rows.append(f"<tr>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>")
