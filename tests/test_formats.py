@@ -294,6 +294,12 @@ class TestUse:
         with pytest.raises(FormatError, match="no layers"):
             save_adapter(Adapter({}), tmp_path / "a.safetensors")
 
+    def test_tokens_alone_are_told_where_they_fit(self, tmp_path):
+        alone = Adapter({}, tokens=TOKENS)
+        with pytest.raises(FormatError, match="learned tokens only.* use one of edlora, bundle, embedding"):
+            save_adapter(alone, tmp_path / "x.safetensors")
+        assert not list(tmp_path.iterdir())
+
     def test_tokens_alone_are_an_edlora(self, tmp_path):
         adapter = Adapter({}, tokens=TOKENS)
         assert load_adapter(save_adapter(adapter, tmp_path / "a.pth", format="edlora")) == adapter

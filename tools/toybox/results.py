@@ -131,8 +131,8 @@ class Bench:
 
     def merged(self, entry: Entry) -> tuple[Adapter, dict[str, Any]]:
         """The merge and what it took, from --work if it was made before from the same files by the same settings."""
-        file = self.work / "merged" / f"{self.merge_key(entry)}.safetensors"
-        noted = file.with_suffix(".json")
+        stem = self.work / "merged" / self.merge_key(entry)
+        noted = stem.with_suffix(".json")
         if not noted.exists():
             began, held = time.process_time(), forget_peak()
             result = merge(
@@ -142,10 +142,14 @@ class Bench:
             told = {"merge_seconds": round(time.process_time() - began, 1), "rank": max((layer.rank for layer in result.layers), default=0)}
             told["merge_megabytes"] = round((peak() - held) / 1e6)
             told |= {"hinge": share_active(result.layers)} if entry.needs_statistics else {}
-            file.parent.mkdir(parents=True, exist_ok=True)
-            save_adapter(result.adapter, file, format="diffusers")
+            stem.parent.mkdir(parents=True, exist_ok=True)
+            tokens_only = not len(result.adapter)
+            file = stem.with_suffix(".pth" if tokens_only else ".safetensors")
+            save_adapter(result.adapter, file, format="edlora" if tokens_only else "diffusers")
+            told["file"] = file.name
             noted.write_text(json.dumps(told) + "\n")
-        return load_adapter(file, base=self.pipeline), json.loads(noted.read_text())
+        notes = json.loads(noted.read_text())
+        return load_adapter(stem.parent / notes.pop("file", f"{stem.name}.safetensors"), base=self.pipeline), notes
 
     def subjects(self, calls: Mapping[str, str]) -> list[Subject]:
         return [Subject(name, call, self.concept(name).noun, self.references(name)) for name, call in calls.items()]

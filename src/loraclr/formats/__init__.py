@@ -76,13 +76,20 @@ def save_adapter(
         if target.storage == "folder" and path.suffix in {".safetensors", ".pth", ".pt"}:
             raise FormatError(f"format {format!r} makes a folder; leave {path.suffix!r} off its name")
         if not len(adapter) and not (target.holds_tokens and adapter.tokens):
-            raise FormatError("the adapter has no layers, so there is nothing to write; check what was merged")
+            raise FormatError(_nothing(adapter, format))
         content = target.write(adapter, dtype)
         content = Content(content.tensors, header.outgoing(adapter, metadata or {}) | dict(content.metadata))
         with disk.reserved(path, sidecar.path_for(path)), disk.together():
             sidecar.write({} if target.holds_tokens else adapter.tokens, path)
             files.write(content, path, target.storage)
     return path
+
+
+def _nothing(adapter: Adapter, format: str) -> str:
+    if not adapter.tokens:
+        return "the adapter has no layers, so there is nothing to write; check what was merged"
+    others = ", ".join(one.id for one in FORMATS if one.holds_tokens)
+    return f"the adapter has learned tokens only, which format {format!r} does not hold; use one of {others}"
 
 
 def check_layers(shapes: Mapping[str, tuple[int, ...]], format: str, *, family: str | None = None) -> None:
