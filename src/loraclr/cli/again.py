@@ -10,6 +10,8 @@ import typer
 
 from loraclr.errors import UsageError
 
+_DTYPES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
+
 
 def given(context: typer.Context) -> set[str]:
     """The options that stand on the command line."""
@@ -51,12 +53,15 @@ def _options(settings: Mapping[str, Any], given: Set[str]) -> tuple[dict[str, An
     files = settings.get("files") or {"loras": [], "controls": []}
     told: dict[str, Any] = {name: settings[name] for name in ("base", "negative", "steps", "guidance")}
     told |= {"prompt": [settings["prompt"]], "seed": [int(settings["seed"])], "size": tuple(settings["size"]), "lost": False}
-    told["scheduler"] = settings.get("scheduler")
+    told |= {"scheduler": settings.get("scheduler"), "base_dtype": _DTYPES[settings.get("dtype", "float32")]}
     told["regions"] = [Region(one["prompt"], tuple(one["box"]), one["negative"]) for one in settings.get("regions") or ()]
     if stated := settings.get("strategy"):
         told["strategy"] = make_strategy(stated["name"], {name: value for name, value in stated.items() if name != "name"})
         told["nouns"] = {one["name"]: one["noun"] for one in settings["adapters"]}
     needed: list[tuple[str, str, str | None]] = []
+    if (config := files.get("base_config")) is not None and not {"base", "base_config"} & given:
+        told["base_config"] = Path(config)
+        needed.append(("--base-config", config, None))
     if "lora" not in given:
         told["lora"] = [(Path(one["file"]), float(one["scale"])) for one in files["loras"]]
         told["lost"] |= len(told["lora"]) != len(settings.get("adapters") or ())
@@ -69,11 +74,14 @@ def _options(settings: Mapping[str, Any], given: Set[str]) -> tuple[dict[str, An
     return {name: value for name, value in told.items() if name not in given}, needed
 
 
-def files_of(loras: Sequence[tuple[Path, float]], follow: Sequence[tuple[str, Path, Path, float]]) -> dict[str, list[dict[str, object]]]:
+def files_of(
+    loras: Sequence[tuple[Path, float]], follow: Sequence[tuple[str, Path, Path, float]], base_config: Path | None
+) -> dict[str, object]:
     """What a picture needs to be drawn again, with digests."""
     from loraclr.formats import digest
 
     return {
+        "base_config": None if base_config is None else str(base_config),
         "loras": [{"file": str(path), "scale": scale, "sha256": digest(path)} for path, scale in loras],
         "controls": [
             {"kind": kind, "model": str(model), "image": str(image), "weight": weight, "sha256": digest(image)}

@@ -82,7 +82,7 @@ def generate(
     asked = parse.size(size) if size is not None else told.get("size")
     negative, seeds = told.get("negative", negative), list(dict.fromkeys(told.get("seed", seed)))
     steps, guidance = told.get("steps", steps), told.get("guidance", guidance)
-    chosen = told.get("strategy", strategy)
+    chosen, base_config = told.get("strategy", strategy), told.get("base_config", base_config)
     loras = [parse.lora(text) for text in lora] or told.get("lora", [])
     follow = [parse.control(kind, text) for kind, texts in (("control", control), ("adapter", adapter)) for text in texts]
     follow = follow or told.get("controls", [])
@@ -99,12 +99,12 @@ def generate(
     from loraclr.generate import parse_region
     from loraclr.strategies import Part, make_strategy
 
-    pipeline = open_base(base, device, base_dtype, offload=offload, config=base_config)
+    pipeline = open_base(base, device, told.get("base_dtype", base_dtype), offload=offload, config=base_config)
     adapters = [(load_adapter(path, base=pipeline), scale) for path, scale in loras]
     pixels = pipeline.check_settings(seeds=seeds, steps=steps, guidance=guidance, size=asked)
     controls = [_control(*one) for one in follow]
     nouns = {**told.get("nouns", {}), **parse.by_name(class_, [one.name for one, _ in adapters], "--class")}
-    files = again.files_of(loras, follow)
+    files = again.files_of(loras, follow, base_config)
     with ExitStack() as stack:
         if chosen is None:
             for one, scale in adapters:
