@@ -352,6 +352,18 @@ def test_what_another_run_ended_meanwhile_is_not_replaced(command, refused, monk
     assert tree(tmp_path) == {output.name: b"theirs"}
 
 
+def test_a_picture_that_another_run_drew_meanwhile_is_not_replaced(refused, monkeypatch, tmp_path):
+    output, reserved = tmp_path / "out", disk.reserved
+
+    def late(path: Path) -> contextlib.AbstractContextManager[None]:
+        path.write_text("theirs")
+        return reserved(path)
+
+    monkeypatch.setattr(disk, "reserved", late)
+    assert "already has 01-a-dog-0.png" in refused("generate", output)
+    assert tree(output) == {"01-a-dog-0.png": b"theirs"}
+
+
 def test_two_trainings_in_one_work_folder(world, tmp_path):
     said = []
 
