@@ -93,6 +93,19 @@ def test_one_concept_by_a_plain_folder_of_pictures(call, tmp_path):
     assert sorted(path.name for path in (tmp_path / "pictures" / "ada" / "ada").iterdir()) == ["01-0.png", "02-0.png"]
 
 
+def test_previews_and_notes_beside_the_adapters_are_none_and_the_output_has_a_name(call, world, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Image.new("RGB", (8, 8)).save(world / "loras" / "ada.png")
+    (world / "loras" / "ada.txt").write_text("mine")
+    try:
+        code, out, err = call("--class", "man", "--seeds", 1)
+    finally:
+        for ending in ("png", "txt"):
+            (world / "loras" / f"ada.{ending}").unlink()
+    assert (code, err) == (0, "") and "written: evaluation/evaluation.json" in out
+    assert (tmp_path / "evaluation" / "pictures" / "loras" / "ada" / "01-0.png").exists()
+
+
 def test_folders_of_the_peft_kind(call, world, tmp_path):
     """Both are folders: one that is an adapter, and one that holds an adapter for each concept."""
     ada, ben = (load_adapter(world / "loras" / f"{name}.safetensors") for name in ("ada", "ben"))

@@ -54,8 +54,9 @@ def evaluate(
     ],
     judge: Annotated[str, typer.Option(metavar="JUDGE", help="clip:PATH_OR_ID or toyclip.", show_default=False)],
     output: Annotated[
-        Path, typer.Option(metavar="DIR", help="Folder for pictures and evaluation.json; made if missing.", show_default=False)
-    ],
+        Path,
+        typer.Option(metavar="DIR", help="Folder for pictures and evaluation.json; made if missing."),
+    ] = Path("evaluation"),
     face_judge: Annotated[
         str | None, typer.Option(metavar="JUDGE", help="arcface:FILE.onnx, dlib or toyface; without one, no identity.", show_default=False)
     ] = None,
@@ -144,7 +145,10 @@ def _variants(texts: Sequence[str], concepts: Sequence[str], pipeline: Pipeline)
 
 
 def _of_concept(folder: Path, concept: str) -> Path:
-    files = [path for path in sorted(folder.iterdir()) if parse.adapter_name(path) == concept and path.suffix != ".json"]
+    from loraclr.formats.files import READ  # whatever else lies beside them: previews, notes
+
+    named = [path for path in sorted(folder.iterdir()) if parse.adapter_name(path) == concept]
+    files = [path for path in named if path.suffix in READ or path.is_dir()]
     if len(files) != 1:
         seen = ", ".join(path.name for path in files) or "no file"
         raise UsageError(f"--lora {folder}: {seen} for concept {concept}; a folder needs one adapter named after each concept")

@@ -71,7 +71,7 @@ def read_captions(path: str | Path) -> list[str]:
 
 def _lines(path: str | Path) -> list[str]:
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()  # Windows' editors begin with a mark
     except UnicodeDecodeError as error:
         raise UsageError(f"{path} is no UTF-8 text ({error.reason}); give a text file with one prompt a line") from error
     return [text for line in lines if (text := line.strip()) and not text.startswith("#")]

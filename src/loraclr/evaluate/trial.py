@@ -26,6 +26,7 @@ from loraclr.evaluate.evaluation import BASE, REFERENCES, Evaluation, Row
 from loraclr.evaluate.judging import FaceJudge, Judges, PictureJudge
 from loraclr.evaluate.subjects import Subject, fill, template
 from loraclr.generate import Generated, generate
+from loraclr.modules import fingerprint
 from loraclr.pipeline import GUIDANCE, STEPS, Pipeline
 
 SEEDS = (0, 1, 2, 3)
@@ -73,7 +74,7 @@ def evaluate(
     templates, judges = prepared(wanted, subjects, prompts=prompts, judge=judge, face=face, seeds=seeds, batch_size=batch_size)
     pixels = pipeline.check_settings(seeds=seeds, steps=steps, guidance=guidance, size=size)
     settings: dict[str, object] = {
-        "weights": _digest_of_base(pipeline),
+        "weights": fingerprint(pipeline.pipe, vae=True),
         "steps": steps,
         "guidance": guidance,
         "negative": negative,
@@ -235,14 +236,6 @@ def _digest(adapter: Adapter) -> str:
         _add(whole, layer.name, parts)
     for token, rows in sorted(adapter.tokens.items()):
         _add(whole, token, (rows,))
-    return whole.hexdigest()
-
-
-def _digest_of_base(pipeline: Pipeline) -> str:
-    """Of the weights of every module that adapters can reach, so that a base trained anew under the same name is noticed."""
-    whole = hashlib.sha256()
-    for name in pipeline.modules:
-        _add(whole, name, (pipeline.base_weight(name),))
     return whole.hexdigest()
 
 
