@@ -122,27 +122,6 @@ def refused(capsys, world) -> Callable[..., str]:
     return run
 
 
-@pytest.fixture
-def mounted(tmp_path):
-    """`mounted(options)`: a folder that is a file system of its own."""
-    made: list[Path] = []
-
-    def mount(options: str) -> Path:
-        folder = tmp_path / f"disk{len(made)}"
-        folder.mkdir()
-        done = subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", folder], capture_output=True, text=True, check=False)
-        if done.returncode:
-            pytest.skip(f"no file system can be mounted here: {done.stderr.strip()}")
-        made.append(folder)
-        return folder
-
-    if not hasattr(os, "geteuid") or os.geteuid() != 0 or shutil.which("mount") is None:
-        pytest.skip("mounting a file system needs root on Linux")
-    yield mount
-    for folder in made:
-        subprocess.run(["umount", folder], check=True)
-
-
 def earlier(command: str, world: Path, output: Path) -> list[str]:
     """An earlier output, where the command would replace one, and the word that says so."""
     if command not in REPLACING:
