@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence, Set
+from operator import index
 from pathlib import Path
 from typing import Any
 
@@ -51,9 +52,11 @@ def _options(settings: Mapping[str, Any], given: Set[str]) -> tuple[dict[str, An
     from loraclr.strategies import make_strategy
 
     files = settings.get("files") or {"loras": [], "controls": []}
-    told: dict[str, Any] = {name: settings[name] for name in ("base", "negative", "steps", "guidance")}
-    told |= {"prompt": [settings["prompt"]], "seed": [int(settings["seed"])], "size": tuple(settings["size"]), "lost": False}
-    told |= {"scheduler": settings.get("scheduler"), "base_dtype": _DTYPES[settings.get("dtype", "float32")]}
+    height, width = map(index, settings["size"])
+    told: dict[str, Any] = {"base": _text(settings["base"]), "prompt": [_text(settings["prompt"])], "negative": _text(settings["negative"])}
+    told |= {"steps": index(settings["steps"]), "guidance": float(settings["guidance"]), "seed": [index(settings["seed"])]}
+    told |= {"size": (height, width), "scheduler": settings.get("scheduler"), "lost": False}
+    told["base_dtype"] = _DTYPES[settings.get("dtype", "float32")]
     told["regions"] = [Region(one["prompt"], tuple(one["box"]), one["negative"]) for one in settings.get("regions") or ()]
     if stated := settings.get("strategy"):
         told["strategy"] = make_strategy(stated["name"], {name: value for name, value in stated.items() if name != "name"})
@@ -72,6 +75,12 @@ def _options(settings: Mapping[str, Any], given: Set[str]) -> tuple[dict[str, An
         for one in files["controls"]:
             needed += [(f"--{one['kind']}", one["model"], None), (f"--{one['kind']}", one["image"], one["sha256"])]
     return {name: value for name, value in told.items() if name not in given}, needed
+
+
+def _text(value: object) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"{value!r} is no text")
+    return value
 
 
 def files_of(
