@@ -139,6 +139,32 @@ def test_faces_and_who_passes_for_whom(call, monkeypatch, tmp_path):
     assert f"ada {row['confusion'][0][0]:.2f} {row['confusion'][0][1]:.2f} ben" in out
 
 
+def test_scenes_of_several_people(capsys, monkeypatch, world, tmp_path):
+    monkeypatch.setattr("loraclr.judges.open_face_judge", {"colours": Colours()}.__getitem__)
+    monkeypatch.setattr(show.out, "width", 200)
+    (tmp_path / "scenes.txt").write_text(
+        "# two\ntwo people\n  {ada} at home|0,0,1,0.5\n  a {ben}|0,16,16,32\nnobody else\n  {ben}|0,0,1,1\n"
+    )
+    fixed = ["evaluate", "--base", world / "base", "--references", world / "references", "--steps", 1, "--guidance", 1, "--size", "16x32"]
+    fixed += ["--lora", world / "merged.safetensors", "--class", "man", "--seeds", 2, "--output", tmp_path / "out"]
+
+    def call(*words: object) -> tuple[int, str, str]:
+        code = main([str(word) for word in (*fixed, *words)])
+        said = capsys.readouterr()
+        return code, " ".join(said.out.split()), said.err
+
+    code, out, err = call("--scenes", tmp_path / "scenes.txt", "--face-judge", "colours")
+    assert (code, err) == (0, "") and "present, 2 people" in out and "all present, 1 person" in out and "merged" in out
+    assert "2 concept(s), 4 pictures a row" in out and f"written: {tmp_path / 'out' / 'scenes.json'}" in out
+    found = json.loads((tmp_path / "out" / "scenes.json").read_text())
+    assert [row["label"] for row in found["rows"]] == ["base", "merged"] and found["differences"][0]["against"] == "base"
+    assert "give either --prompts" in call()[2]
+    assert "--scenes by --face-judge alone" in call("--scenes", tmp_path / "scenes.txt")[2]
+    assert (
+        "an adapter for each concept" in call("--scenes", tmp_path / "scenes.txt", "--face-judge", "colours", "--lora", world / "loras")[2]
+    )
+
+
 def test_what_is_missing_is_said_at_once_with_its_option(call, tiny_clip, tmp_path):
     def error(*words, **settings) -> str:
         code, out, err = call(*words, "--output", tmp_path / "out", **settings)
