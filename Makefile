@@ -21,8 +21,8 @@ help:
 	@echo "make fix     mend what the linter and the formatter can"
 	@echo "make bench   the solver against the published optimiser, every method against PEFT"
 	@echo "make docs    rewrite what is made from the code: docs/methods.md and the README's table"
-	@echo "make fuzz    12,000 damaged files through every reader"
-	@echo "make crash   kill merges, trainings and packs at random moments, look at what is left, run them again"
+	@echo "make fuzz    12,000 damaged files through the readers of adapters, checkpoints, packs, pictures and studies"
+	@echo "make crash   kill merges, conversions, trainings, pictures and packs at random moments, look at what is left, run them again"
 	@echo "make results the core of the paper's Table 1 drawn anew on the toybox and compared with docs/results.md: under an hour of two cores"
 	@echo "make results-full  the whole table and the figures, whatever is not there yet: hours"
 	@echo "make study   an example of the user study, with the pictures of results-full, on http://127.0.0.1:8765/"
@@ -79,7 +79,7 @@ toybox: .venv/dev.stamp
 	$(MAKE) -C tools/toybox
 
 fuzz: .venv/dev.stamp
-	$(BIN)/python tests/fuzzing.py 12000
+	$(BIN)/python -W ignore tests/fuzzing.py 12000
 
 crash: .venv/dev.stamp
 	$(BIN)/python -W ignore tests/crashing.py 200

@@ -61,6 +61,11 @@ def training(inputs: Path, output: Path) -> list[str]:
     return [*words, "--sample-every", "0", "--checkpoint-every", "1", *(word for setting in settings for word in ("--set", setting))]
 
 
+def drawing(inputs: Path, output: Path) -> list[str]:
+    words = ["generate", "--base", str(inputs / "base"), "--prompt", "a dog", "--seed", "1", "--seed", "2", "--steps", "1"]
+    return [*words, "--output", str(output)]
+
+
 def packing(inputs: Path, output: Path, names: Sequence[str] = ("ada", "cai")) -> list[str]:
     files = [str(inputs / f"{name}.safetensors") for name in names]
     return ["pack", "create", *files, "--base", str(inputs / "base"), "--output", str(output)]
@@ -86,6 +91,12 @@ JOBS = {
         lambda inputs, output: [*merging(inputs, output), "--method", "sum", "--format", "peft"],
         ("--weight", "ada=0.5"),
     ),
+    "convert": Job(
+        "ben-diffusers.safetensors",
+        lambda inputs, output: ["convert", str(inputs / "ben.safetensors"), "--to", "diffusers", "--output", str(output)],
+        ("--dtype", "fp32"),
+    ),
+    "generate": Job("drawn", drawing, ("--guidance", "1")),
     "train": Job("learned.safetensors", training, ("--seed", "1"), notes="learned.safetensors.train"),
     "pack create": Job("people", packing, starts=("nothing",), force=()),
     "pack add": Job("people", adding, before=partial(packing, names=("cai",)), starts=("old",), force=()),

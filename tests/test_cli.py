@@ -591,13 +591,14 @@ def test_generate_regions_and_json(call, base, tmp_path):
 
 @pytest.fixture
 def drawn(call, base, files, tmp_path) -> Path:
-    """One picture with an adapter, a region, a T2I-Adapter and settings that are nobody's defaults."""
+    """One picture with an adapter, a region, a T2I-Adapter, and a precision and settings that are nobody's defaults."""
     from diffusers import T2IAdapter
 
     T2IAdapter(in_channels=3, channels=(32, 64, 64), num_res_blocks=1, downscale_factor=2).save_pretrained(tmp_path / "pose")
     Image.new("RGB", (8, 8), "red").save(tmp_path / "red.png")
     words = ["--prompt", "a <ben>", "--lora", f"{files[1]}:0.5", "--negative", "bad", "--region", "a man|blurry|0,0,1,0.5", "--seed", 7]
-    words += ["--steps", 2, "--guidance", 3, "--size", "16x32", "--adapter", f"{tmp_path / 'pose'}|{tmp_path / 'red.png'}|0.5"]
+    words += ["--steps", 2, "--guidance", 3, "--size", "16x32", "--base-dtype", "bf16"]
+    words += ["--adapter", f"{tmp_path / 'pose'}|{tmp_path / 'red.png'}|0.5"]
     assert call("generate", "--base", base, *words, "--output", tmp_path / "first")[0] == 0
     (path,) = (tmp_path / "first").iterdir()
     return path
@@ -607,11 +608,12 @@ def test_a_picture_is_drawn_again_from_itself(call, drawn, tmp_path):
     assert call("generate", "--from", drawn, "--output", tmp_path / "again")[0] == 0
     with Image.open(drawn) as one, Image.open(tmp_path / "again" / drawn.name) as other:
         assert one.tobytes() == other.tobytes() and one.text == other.text
-    assert call("generate", "--from", drawn, "--output", tmp_path / "changed", "--seed", 8, "--steps", 1)[0] == 0
+    assert call("generate", "--from", drawn, "--output", tmp_path / "changed", "--seed", 8, "--steps", 1, "--base-dtype", "fp32")[0] == 0
     (changed,) = (tmp_path / "changed").iterdir()
     with Image.open(changed) as picture:
         settings = json.loads(picture.text["loraclr"])
     assert (settings["seed"], settings["steps"], settings["guidance"], settings["prompt"]) == (8, 1, 3.0, "a <ben>")
+    assert settings["dtype"] == "float32"
 
 
 def test_a_picture_whose_files_are_gone_or_others_is_not_drawn_again(call, drawn, files, tmp_path):

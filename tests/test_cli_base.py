@@ -49,6 +49,19 @@ def test_an_xl_from_one_file_in_half_precision_merged_and_drawn(capsys, xl):
     assert (code, err) == (0, "") and made["dtype"] == "bfloat16" and made["size"] == [16, 16] and Path(made["file"]).exists()
 
 
+def test_a_picture_knows_its_bases_precision_and_configuration(capsys, xl):
+    base = ["--base", xl / "base.safetensors", "--base-config", xl / "base", "--base-dtype", "bf16", "--device", "cpu"]
+    assert call(capsys, "generate", "--prompt", "ada", "--output", xl / "drawn", "--steps", 1, *base)[0] == 0
+    (drawn,) = (xl / "drawn").iterdir()
+    again = ["generate", "--from", drawn, "--device", "cpu", "--output"]
+    assert call(capsys, *again, xl / "again")[0] == 0
+    with Image.open(drawn) as one, Image.open(xl / "again" / drawn.name) as other:
+        assert one.tobytes() == other.tobytes() and one.text == other.text
+    assert call(capsys, *again, xl / "folder", "--base", xl / "base")[0] == 0  # a folder has a configuration of its own
+    (xl / "base").rename(xl / "moved")
+    assert "give --base-config" in call(capsys, *again, xl / "other")[2]
+
+
 def test_a_file_with_a_configuration_is_a_base_of_the_other_commands_too(capsys, xl):
     ada, one, base = xl / "ada.safetensors", xl / "one.safetensors", ["--base", xl / "base.safetensors", "--base-config", xl / "base"]
     assert call(capsys, "merge", ada, "--method", "sum", "--output", one)[0] == 0

@@ -93,6 +93,19 @@ def test_one_concept_by_a_plain_folder_of_pictures(call, tmp_path):
     assert sorted(path.name for path in (tmp_path / "pictures" / "ada" / "ada").iterdir()) == ["01-0.png", "02-0.png"]
 
 
+def test_previews_and_notes_beside_the_adapters_are_none_and_the_output_has_a_name(call, world, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Image.new("RGB", (8, 8)).save(world / "loras" / "ada.png")
+    (world / "loras" / "ada.txt").write_text("mine")
+    try:
+        code, out, err = call("--class", "man", "--seeds", 1)
+    finally:
+        for ending in ("png", "txt"):
+            (world / "loras" / f"ada.{ending}").unlink()
+    assert (code, err) == (0, "") and "written: evaluation/evaluation.json" in out
+    assert (tmp_path / "evaluation" / "pictures" / "loras" / "ada" / "01-0.png").exists()
+
+
 def test_folders_of_the_peft_kind(call, world, tmp_path):
     """Both are folders: one that is an adapter, and one that holds an adapter for each concept."""
     ada, ben = (load_adapter(world / "loras" / f"{name}.safetensors") for name in ("ada", "ben"))
@@ -124,6 +137,32 @@ def test_faces_and_who_passes_for_whom(call, monkeypatch, tmp_path):
     assert all(word in out for word in ("identity", "no face", "leakage", "loras: asked ada ben", "colours: one person at cosine >= 0.65"))
     row = json.loads((tmp_path / "evaluation.json").read_text())["rows"][2]
     assert f"ada {row['confusion'][0][0]:.2f} {row['confusion'][0][1]:.2f} ben" in out
+
+
+def test_scenes_of_several_people(capsys, monkeypatch, world, tmp_path):
+    monkeypatch.setattr("loraclr.judges.open_face_judge", {"colours": Colours()}.__getitem__)
+    monkeypatch.setattr(show.out, "width", 200)
+    (tmp_path / "scenes.txt").write_text(
+        "# two\ntwo people\n  {ada} at home|0,0,1,0.5\n  a {ben}|0,16,16,32\nnobody else\n  {ben}|0,0,1,1\n"
+    )
+    fixed = ["evaluate", "--base", world / "base", "--references", world / "references", "--steps", 1, "--guidance", 1, "--size", "16x32"]
+    fixed += ["--lora", world / "merged.safetensors", "--class", "man", "--seeds", 2, "--output", tmp_path / "out"]
+
+    def call(*words: object) -> tuple[int, str, str]:
+        code = main([str(word) for word in (*fixed, *words)])
+        said = capsys.readouterr()
+        return code, " ".join(said.out.split()), said.err
+
+    code, out, err = call("--scenes", tmp_path / "scenes.txt", "--face-judge", "colours")
+    assert (code, err) == (0, "") and "present, 2 people" in out and "all present, 1 person" in out and "merged" in out
+    assert "2 concept(s), 4 pictures a row" in out and f"written: {tmp_path / 'out' / 'scenes.json'}" in out
+    found = json.loads((tmp_path / "out" / "scenes.json").read_text())
+    assert [row["label"] for row in found["rows"]] == ["base", "merged"] and found["differences"][0]["against"] == "base"
+    assert "give either --prompts" in call()[2]
+    assert "--scenes by --face-judge alone" in call("--scenes", tmp_path / "scenes.txt")[2]
+    assert (
+        "an adapter for each concept" in call("--scenes", tmp_path / "scenes.txt", "--face-judge", "colours", "--lora", world / "loras")[2]
+    )
 
 
 def test_what_is_missing_is_said_at_once_with_its_option(call, tiny_clip, tmp_path):

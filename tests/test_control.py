@@ -9,6 +9,7 @@ from PIL import Image
 
 from loraclr.control import Control, check_fit, controlled, load_control
 from loraclr.errors import PipelineError
+from loraclr.generate import generate
 from loraclr.pipeline import Pipeline
 
 SIZE = (16, 16)
@@ -150,6 +151,14 @@ def test_a_model_for_another_unet_is_refused(pipe, pipeline):
     with pytest.raises(PipelineError, match="prompts of another width"):
         check_fit(pipeline.unet, [Control(other, picture())])
     check_fit(pipeline.unet, [Control(adapter_model(), picture()), Control(control_model(pipe), picture())])
+
+
+@pytest.mark.parametrize("family", ["flux", "sd3", "pixart"])
+def test_a_base_without_a_unet_is_said(family):
+    from families_twins import twin
+
+    with pytest.raises(PipelineError, match="pose is for a UNet, and the base has a .*Transformer2DModel"):
+        generate(Pipeline(twin(family)), ["a"], seeds=[0], controls=[Control(adapter_model(), picture(), name="pose")])
 
 
 def test_gray_models_read_gray_pictures():

@@ -13,6 +13,6 @@ import pytest
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_a_killed_command_leaves_whole_files_and_runs_again():
     script = Path(__file__).with_name("crashing.py")
-    done = subprocess.run([sys.executable, "-W", "ignore", script, "6"], capture_output=True, text=True, timeout=600, check=False)
+    done = subprocess.run([sys.executable, "-W", "ignore", script, "8"], capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "killed" in done.stdout

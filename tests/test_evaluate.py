@@ -246,6 +246,25 @@ def test_only_what_a_setting_changes_is_drawn_again(pipeline, subjects, tmp_path
     assert run(pipeline, subjects, tmp_path, variants={"new": ada.with_(tokens=ben.tokens)}).drawn == 16
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda pipe: pipe.unet.conv_norm_out.weight.mul_(1.5),  # what no adapter reaches
+        lambda pipe: pipe.text_encoder.get_input_embeddings().weight.mul_(1.5),
+        lambda pipe: pipe.vae.decoder.conv_in.weight.mul_(1.5),
+        lambda pipe: pipe.vae.register_to_config(scaling_factor=0.5),
+        lambda pipe: pipe.scheduler.register_to_config(beta_end=0.02),
+    ],
+    ids=["norm", "embedding", "vae", "scale", "betas"],
+)
+def test_pictures_of_another_base_are_drawn_again(pipeline, subjects, tmp_path, change):
+    small = {"variants": {"one": three(pipeline)[0]}, "control": False, "seeds": (1,)}
+    drawn = run(pipeline, subjects, tmp_path, **small).drawn
+    with torch.no_grad():
+        change(pipeline.pipe)
+    assert run(pipeline, subjects, tmp_path, **small).drawn == drawn > 0
+
+
 def test_a_killed_trial_goes_on_to_the_result_of_an_unbroken_one(pipeline, subjects, tmp_path):
     def kill(what: str, share: float) -> None:
         if what == "drawing single" and share > 0.3:
@@ -326,6 +345,8 @@ def test_prompts_from_a_file(tmp_path):
     assert read_prompts(path) == {"a {} ☀": "", "a {}, smiling": ""}
     path.write_text("a {}\n[mood]\na <TOK>, smiling\n[place]\n# here\na {} at home\na {}\n")
     assert read_prompts(path) == {"a {}": "", "a {}, smiling": "mood", "a {} at home": "place"}
+    path.write_text("a {}\n", encoding="utf-8-sig")
+    assert read_prompts(path) == {"a {}": ""}
     path.write_text("# nothing\n")
     with pytest.raises(UsageError, match="holds no prompt"):
         read_prompts(path)

@@ -38,9 +38,9 @@ def shared(_tiny_original) -> Pipeline:
 def test_any_base_is_known_again(family):
     from families_twins import twin
 
-    from loraclr.pack.gather import fingerprint as known_by
+    from loraclr.modules import fingerprint as known_by
 
-    assert known_by(Pipeline(twin(family))) == known_by(Pipeline(twin(family)))
+    assert known_by(twin(family)) == known_by(twin(family)) != known_by(twin(family), vae=True)
 
 
 @pytest.fixture(scope="module")
@@ -207,6 +207,10 @@ def test_an_adapter_is_kept_to_the_last_bit(shared, tmp_path):
 
 
 KINDS_OF_FLOAT = (torch.float16, torch.bfloat16, torch.float64)
+# What a file that only has statistics says of itself.
+ABOUT = dict.fromkeys(file.HELD) | {
+    "base": {"source": "base", "sha256": "0"}, "collection": {}, "versions": {}, "texts": 1, "layers": {},
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("count", [3, 140])
@@ -214,8 +218,7 @@ def test_moments_come_back_and_equal_ones_are_stored_once(tmp_path, count):
     moments, other = (Moments.of(torch.randn(count, 100)) for _ in "ab")
     table, entries = file.moments_entries({"fit": {"a": moments, "b": moments, "c": other}, "held_out": {"a": other}})
     assert len(entries) == 2
-    about = dict.fromkeys(file.HELD) | {"layers": {}, "moments": table}
-    file.write(tmp_path / "x.safetensors", about, entries)
+    file.write(tmp_path / "x.safetensors", ABOUT | {"moments": table}, entries)
     held = PackFile(tmp_path / "x.safetensors")
     for kind, layer, expected in (("fit", "b", moments), ("fit", "c", other), ("held_out", "a", other)):
         found = held.moments(kind, layer)
@@ -233,7 +236,7 @@ def test_sketches_come_back(tmp_path, monkeypatch):
         monkeypatch.setattr(module, "SKETCH", 4)
     moments = Moments.of(torch.randn(30, 6))
     table, entries = file.moments_entries({"fit": {"a": moments}})
-    file.write(tmp_path / "x.safetensors", dict.fromkeys(file.HELD) | {"layers": {}, "moments": table}, entries)
+    file.write(tmp_path / "x.safetensors", ABOUT | {"moments": table}, entries)
     again = PackFile(tmp_path / "x.safetensors").moments("fit", "a")
     assert again.sketched and again.count == 30 and torch.equal(again.rows, moments.rows)
 
@@ -394,6 +397,37 @@ def test_damage_is_told(whole, tmp_path):
     refused("is no file of a pack", Pack.open, pack.path)
     refused("is no pack; make one", Pack.open, tmp_path / "nowhere")
     refused("there is no folder", Pack.create, tmp_path / "a" / "b", [], base=None)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda said: said["adapter"].update(scalse=said["adapter"].pop("scales")),
+        lambda said: said["adapter"].update(scales=[]),
+        lambda said: said["adapter"]["scales"].popitem(),
+        lambda said: said["adapter"]["scales"].update(nothing=1.0),
+        lambda said: said["adapter"].update(tokens={"a": 1}),
+        lambda said: said["layers"].update(dict.fromkeys(said["layers"], "somewhere")),
+        lambda said: said["moments"]["fit"].update({layer: [0] for layer in said["moments"]["fit"]}),
+        lambda said: said["moments"]["fit"].clear(),
+        lambda said: said["collection"].update(fit=3),
+        lambda said: said.update(concept=None),
+        lambda said: said.update(texts="many"),
+    ],
+)
+def test_a_damaged_header_is_told(whole, tmp_path, capsys, change):
+    pack = copied(whole, tmp_path / "pack")
+    path = pack.path / "ben.safetensors"
+    data = path.read_bytes()
+    size = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + size])
+    said = json.loads(header["__metadata__"][file.MARK])
+    change(said)
+    text = json.dumps(header | {"__metadata__": {file.MARK: json.dumps(said)}}).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + data[8 + size :])
+    assert main(["pack", "build", str(pack.path), "--output", str(tmp_path / "out.safetensors")]) == 1
+    assert "ben" in (told := capsys.readouterr().err) or "statistics" in told
+    assert "Traceback" not in told and not (tmp_path / "out.safetensors").exists()
 
 
 def test_a_pack_without_concepts_or_with_a_file_gone_does_not_build(shared, whole, tmp_path):

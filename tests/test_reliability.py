@@ -122,27 +122,6 @@ def refused(capsys, world) -> Callable[..., str]:
     return run
 
 
-@pytest.fixture
-def mounted(tmp_path):
-    """`mounted(options)`: a folder that is a file system of its own."""
-    made: list[Path] = []
-
-    def mount(options: str) -> Path:
-        folder = tmp_path / f"disk{len(made)}"
-        folder.mkdir()
-        done = subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", folder], capture_output=True, text=True, check=False)
-        if done.returncode:
-            pytest.skip(f"no file system can be mounted here: {done.stderr.strip()}")
-        made.append(folder)
-        return folder
-
-    if not hasattr(os, "geteuid") or os.geteuid() != 0 or shutil.which("mount") is None:
-        pytest.skip("mounting a file system needs root on Linux")
-    yield mount
-    for folder in made:
-        subprocess.run(["umount", folder], check=True)
-
-
 def earlier(command: str, world: Path, output: Path) -> list[str]:
     """An earlier output, where the command would replace one, and the word that says so."""
     if command not in REPLACING:
@@ -350,6 +329,18 @@ def test_what_another_run_ended_meanwhile_is_not_replaced(command, refused, monk
     monkeypatch.setattr(disk, "reserved", late)
     assert "exists already" in refused(command, output)
     assert tree(tmp_path) == {output.name: b"theirs"}
+
+
+def test_a_picture_that_another_run_drew_meanwhile_is_not_replaced(refused, monkeypatch, tmp_path):
+    output, reserved = tmp_path / "out", disk.reserved
+
+    def late(path: Path) -> contextlib.AbstractContextManager[None]:
+        path.write_text("theirs")
+        return reserved(path)
+
+    monkeypatch.setattr(disk, "reserved", late)
+    assert "already has 01-a-dog-0.png" in refused("generate", output)
+    assert tree(output) == {"01-a-dog-0.png": b"theirs"}
 
 
 def test_two_trainings_in_one_work_folder(world, tmp_path):

@@ -196,11 +196,13 @@ def test_an_interrupted_merge_leaves_nothing(pipeline, monkeypatch, tmp_path):
         assert not any(seen), "the file has no name, so that a killed process leaves nothing either"
 
 
-@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs the disk that is always full")
-def test_a_full_disk_is_one_error(tmp_path, monkeypatch):
-    monkeypatch.setattr(scratch.tempfile, "TemporaryFile", lambda **_: open("/dev/full", "r+b", buffering=0))  # noqa: SIM115
-    with Scratch(tmp_path, memory=0) as room, pytest.raises(WriteError, match=rf"{tmp_path} \(No space left.*after 0.0 GB; free some"):
+def test_a_full_disk_is_one_error(mounted):
+    folder = mounted("size=8k")
+    with Scratch(folder, memory=0) as room:
         room.moments({"layer": Moments.of(torch.randn(3, 50))})
+        with pytest.raises(WriteError, match=rf"{folder} \(No space left.*after 0.0 GB; free some"):
+            room.moments({"another": Moments.of(torch.randn(99, 50))})
+    assert list(folder.iterdir()) == []
 
 
 def test_a_folder_that_is_none_is_said_before_any_work(pipeline, tmp_path):

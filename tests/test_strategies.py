@@ -10,7 +10,7 @@ import torch
 
 from loraclr.adapter import Adapter, LoraLayer
 from loraclr.conditioning import Region
-from loraclr.errors import UsageError
+from loraclr.errors import PipelineError, UsageError
 from loraclr.generate import generate
 from loraclr.pipeline import Pipeline
 from loraclr.strategies import STRATEGIES, Cast, Clora, Omg, Part, Scene, make_strategy
@@ -256,12 +256,21 @@ def test_mistakes_are_said_at_the_call(pipeline, parts, name, prompt, regions, m
 def test_more_mistakes(pipeline, parts):
     regions = [Region("a man", WHOLE), Region("a <ben>", WHOLE)]
     with pytest.raises(UsageError, match="ada's region 'a man' does not hold 'ada man'"):
-        Clora().check("an ada man and a <ben>", parts, regions)
-    Omg().check("two people", parts, regions)
-    with pytest.raises(UsageError, match="what kind of thing is ben.*--class ben=WORDS"):
-        Omg().check("an ada man and a <ben>", [parts[0], Part(parts[1].adapter)], [])
-    with pytest.raises(UsageError, match="beyond the 77 tokens"):
-        Script.of(Cast(pipeline, parts[:1]), scene("a" * 80 + " ada man"))
+        generate(pipeline, ["an ada man and a <ben>"], seeds=[0], strategy=Clora(), parts=parts, regions=regions)
+    generate(pipeline, ["two people"], seeds=[0], strategy=Omg(), parts=parts, regions=regions)
+    unsaid = [parts[0], Part(parts[1].adapter)]
+    for places in ([], regions):
+        with pytest.raises(UsageError, match="what kind of thing is ben.*--class ben=WORDS"):
+            generate(pipeline, ["an ada man and a <ben>"], seeds=[0], strategy=Omg(), parts=unsaid, regions=places)
+    for strategy in (Omg(), Clora()):
+        with pytest.raises(UsageError, match="beyond the 77 tokens"):
+            generate(pipeline, ["a" * 80 + " ada man"], seeds=[0], strategy=strategy, parts=parts[:1])
+        with pytest.raises(PipelineError, match="144x160 has 18 cells a side, and masks are read from those of 16 or less"):
+            generate(pipeline, ["an ada man"], seeds=[0], strategy=strategy, parts=parts[:1], size=(144, 160))
+        generate(pipeline, ["an ada man"], seeds=[0], strategy=strategy, parts=parts[:1], size=(128, 160))
+    foreign = Part(Adapter.of([LoraLayer("unet.nowhere", torch.ones(1, 4), torch.ones(4, 1))], name="far").with_(triggers=("far man",)))
+    with pytest.raises(PipelineError, match=r"unet\.nowhere"):
+        generate(pipeline, ["a far man"], seeds=[0], strategy=Omg(), parts=[foreign])
     with pytest.raises(UsageError, match="no strategy called 'ogm'.*did you mean 'omg'"):
         make_strategy("ogm")
     with pytest.raises(UsageError, match="at least one adapter"):

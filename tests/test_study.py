@@ -16,7 +16,7 @@ import pytest
 from PIL import Image, PngImagePlugin
 
 from loraclr.cli import main
-from loraclr.errors import UsageError
+from loraclr.errors import UsageError, WriteError
 from loraclr.web.server import make_app, make_server
 from loraclr.web.study import Study, agreement, create, score
 
@@ -140,8 +140,10 @@ def test_the_server_keeps_to_its_own_pictures_and_refuses_nonsense(folders):
     study = make(folders)
     client = make_app(study).test_client()
     assert client.post("/answer", data={"question": study.questions[0].id, "rating": "3"}).status_code == 400  # no cookie yet
-    assert b"Start" in client.get("/").data
+    page = client.get("/").data
+    assert b"Start" in page and b"no cookie" not in page
     page = client.get("/?start=1").data.decode()
+    assert "no cookie" not in page and "0 of 24 answered" in page
     assert "secret" not in page
     for path in ("study.json", "../study.json", "answers.sqlite", "..%2fstudy.json"):
         assert client.get(f"/pictures/{path}").status_code == 404
@@ -153,6 +155,34 @@ def test_the_server_keeps_to_its_own_pictures_and_refuses_nonsense(folders):
     ):
         assert client.post("/answer", data=data).status_code == 400
     assert study.answers() == []
+
+
+def test_a_browser_without_cookies_is_told(folders):
+    client = make_app(make(folders)).test_client(use_cookies=False)
+    assert "no cookie" not in client.get("/").text
+    assert "Allow\n  cookies for this address" in client.get("/?start=1").text
+
+
+def test_a_copy_that_cannot_be_written_to_is_scored(folders, mounted):
+    study = make(folders)
+    assert study.answers() == [] and sorted(path.name for path in study.folder.iterdir()) == ["pictures", "study.json"]
+    study.answer("r" * 32, study.questions[0].id, 4)
+    assert sorted(path.name for path in study.folder.glob("*.*")) == ["answers.sqlite", "study.json"]
+    disk = mounted("size=600k")
+    shutil.copytree(study.folder, disk / "study")
+    subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
+    assert score(Study(disk / "study")) == score(study) != ([], 0, None)
+    with pytest.raises(WriteError, match=r"answers\.sqlite cannot be used .*readonly"):
+        Study(disk / "study").answer("r" * 32, study.questions[0].id, 5)
+
+
+@pytest.mark.parametrize("change", [{"title": 1}, {"questions": {"a": 1}}, {"questions": [{"id": 1}]}, {"note": None}])
+def test_a_damaged_study_is_said(folders, change):
+    study = make(folders)
+    file = study.folder / "study.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    with pytest.raises(UsageError, match="make the study again"):
+        Study(study.folder)
 
 
 def test_a_port_in_use_is_said(folders):
@@ -210,7 +240,9 @@ def test_from_start_to_scored_table_in_a_browser(folders, browser, capsys):
         page.reload()
         assert "3 of 8 answered" in page.inner_text("body")
         page.click("#back")
-        assert page.locator("button.given").count() <= 1
+        given = page.locator("button.given")
+        given.wait_for()
+        assert given.count() == 1 and given.get_attribute("value") == "5"
         process.send_signal(signal.SIGKILL)
         port = address.rstrip("/").rpartition(":")[2]
     with served(study, port) as (address, _):
@@ -245,6 +277,8 @@ def test_an_answer_that_cannot_be_kept_is_said(folders, capsys):
     client = make_app(study).test_client()
     client.get("/")
     (study.folder / "answers.sqlite").write_bytes(b"no database" * 100)
+    said = client.get("/?start=1")
+    assert said.status_code == 503 and "cannot go on" in said.text and "answers.sqlite" in said.text
     said = client.post("/answer", data={"question": study.questions[0].id, "rating": "3"})
     assert said.status_code == 503 and "was not kept" in said.text and "answers.sqlite" in said.text
     assert main(["study", "score", str(study.folder)]) == 1

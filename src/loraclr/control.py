@@ -138,8 +138,12 @@ def controlled(unet: nn.Module, controls: Sequence[Control], *, size: tuple[int,
 
 
 def check_fit(unet: nn.Module, controls: Sequence[Control]) -> None:
-    """Raises PipelineError for models made for another UNet: other widths of its blocks, or another width of the prompts."""
-    widths = list(unet.config.block_out_channels)  # type: ignore[union-attr,arg-type]
+    """Raises PipelineError for models made for another UNet, with other widths of its blocks or of the prompts, and without a UNet."""
+    widths = list(getattr(unet.config, "block_out_channels", ()))
+    if not widths:
+        raise PipelineError(
+            f"{controls[0].name} is for a UNet, and the base has a {type(unet).__name__}; leave it out, or use another base"
+        )
     for control in controls:
         config = control.model.config
         own = list(config.channels if control.is_adapter else config.block_out_channels)

@@ -84,8 +84,13 @@ def generate(
     size = pipeline.check_settings(seeds=seeds, steps=steps, guidance=guidance, size=size, scheduler=scheduler)
     if controls:
         check_fit(pipeline.unet, controls)
+    if regions:
+        pipeline.check_steerable()
+    cast = None
     if strategy is not None:
-        _check_strategy(strategy, pipeline, prompts, parts, regions)
+        cast = _cast(strategy, pipeline, parts)
+        for prompt in prompts:
+            strategy.check(cast, Scene(prompt, seeds[0], size, steps, guidance, negative, tuple(regions), scheduler))
     elif parts:
         raise UsageError(f"{len(parts)} parts need a strategy; give one, or apply the adapters to the pipeline")
     jobs = [(prompt, seed) for prompt in prompts for seed in seeds]
@@ -110,7 +115,6 @@ def generate(
     batches = [jobs[start : start + batch_size] for start in range(0, len(jobs), batch_size)]
 
     def pictures() -> Iterator[Generated]:
-        cast = Cast(pipeline, parts) if strategy is not None else None
         for number, batch in enumerate(batches):
 
             def progress(step: int, total: int, before: int = number) -> None:
@@ -140,17 +144,14 @@ def generate(
     return pictures()
 
 
-def _check_strategy(
-    strategy: Strategy, pipeline: Pipeline, prompts: Sequence[str], parts: Sequence[Part], regions: Sequence[Region]
-) -> None:
+def _cast(strategy: Strategy, pipeline: Pipeline, parts: Sequence[Part]) -> Cast:
     if not parts:
         raise UsageError(f"strategy {strategy.name} needs at least one adapter; give one for each concept of the scene")
     pipeline.check_plain(f"strategy {strategy.name}")
     if pipeline.adapters:
         names = ", ".join(name for name, _ in pipeline.adapters)
         raise UsageError(f"strategy {strategy.name} takes its adapters as parts, and {names} is applied; leave that context first")
-    for prompt in prompts:
-        strategy.check(prompt, parts, regions)
+    return Cast(pipeline, parts)
 
 
 def parse_region(text: str, size: tuple[int, int]) -> Region:

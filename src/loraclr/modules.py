@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import difflib
+import hashlib
+import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -27,6 +29,44 @@ def components(pipe: Any) -> dict[str, nn.Module]:
     }
 
 
+def fingerprint(pipe: Any, *, vae: bool = False) -> str:
+    """SHA-256 of what features depend on: all weights of denoisers and text encoders to the last bit, the scheduler with its settings,
+    and the vocabulary. With `vae` also its weights and settings, of which pictures are made.
+
+    The time is that of the hash alone: 3 s for the 4.3 GB of a Stable Diffusion 1.5 in float32, where a processor has SHA instructions.
+    """
+    found = hashlib.sha256()
+    for component, part in sorted((components(pipe) | ({"vae": pipe.vae} if vae else {})).items()):
+        for name, _ in sorted(part.named_parameters()):
+            parent, _, leaf = name.rpartition(".")
+            weight = stored(part.get_submodule(parent), leaf, f"{component}.{name}")
+            found.update(f"{component}.{name} {weight.dtype} {tuple(weight.shape)}".encode())
+            found.update(weight.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    size = getattr(getattr(pipe, "unet", None) or pipe.transformer, "config", {}).get("sample_size")  # which not every transformer has
+    said = [type(pipe.scheduler).__name__, _settings(pipe.scheduler), size, sorted(pipe.tokenizer.get_vocab().items())]
+    found.update(json.dumps(said + ([_settings(pipe.vae)] if vae else []), sort_keys=True, default=str).encode())
+    return found.hexdigest()
+
+
+def _settings(part: Any) -> dict[str, object]:
+    return {key: value for key, value in part.config.items() if not key.startswith("_")}
+
+
+def stored(module: nn.Module, leaf: str, name: str) -> Tensor:
+    """A parameter of a module, detached, wherever it is kept: one that accelerate offloads piece by piece has it beside it. Raises
+    PipelineError with the whole name where it is offloaded and cannot be found."""
+    weight = getattr(module, leaf)
+    assert isinstance(weight, Tensor)
+    if weight.device.type != "meta":
+        return weight.detach()
+    hook = getattr(module, "_hf_hook", None)
+    for one in getattr(hook, "hooks", [hook]):
+        if (kept := getattr(one, "weights_map", None)) is not None:
+            held: Tensor = kept[leaf]
+            return held.detach()
+    raise PipelineError(f"{name} has no weights in memory; load the base whole, with --offload if it is large")
+
+
 class Layers(dict[str, nn.Module]):
     """Every Linear and Conv2d of some components under its canonical name."""
 
@@ -44,20 +84,9 @@ class Layers(dict[str, nn.Module]):
     def weight(self, name: str) -> Tensor:
         """The weight itself, detached, to read and to write in place.
 
-        Ask anew at every use: a module that is moved to another device gets new storage. One that accelerate offloads piece by piece
-        keeps its weight beside it. Raises PipelineError where it is offloaded and cannot be found.
+        Ask anew at every use: a module that is moved to another device gets new storage. Raises PipelineError as `stored` does.
         """
-        module = self[name]
-        weight = module.weight
-        assert isinstance(weight, Tensor)
-        if weight.device.type != "meta":
-            return weight.detach()
-        hook = getattr(module, "_hf_hook", None)
-        for one in getattr(hook, "hooks", [hook]):
-            if (kept := getattr(one, "weights_map", None)) is not None:
-                held: Tensor = kept["weight"]
-                return held.detach()
-        raise PipelineError(f"{name} has no weights in memory; load the base whole, with --offload if it is large")
+        return stored(self[name], "weight", name)
 
     def known(self, names: Sequence[str]) -> None:
         """Raises PipelineError for names that are not here."""

@@ -333,8 +333,8 @@ class Pipeline:
             seen = "one string" if isinstance(prompts, str) else f"{len(prompts)} prompts"
             raise UsageError(f"{seen} and {len(seeds)} seeds; give a list of prompts and one seed for each")
         guided = guidance > 1
-        if regions and not self.cross_attention_layers:
-            raise PipelineError(f"{type(self._pipe).__name__} has no cross-attention that regions could steer; use a model with a UNet")
+        if regions:
+            self.check_steerable()
         boxes = [RegionStates(self._halves(region, guided), region.box) for region in regions or ()]
         if not self.plain:
             scale = int(self._pipe.vae_scale_factor)
@@ -422,6 +422,11 @@ class Pipeline:
             others = sorted(set(self._components) - {"unet", "text_encoder"})
             has = f"{type(self._pipe).__name__} ({', '.join(others) or 'no other encoder'}, {self._unet.config.in_channels} input channels)"
             raise PipelineError(f"{what} with {has}: not supported; use a Stable Diffusion 1 or 2 text-to-image model")
+
+    def check_steerable(self) -> None:
+        """Raises PipelineError for a model whose pictures regions cannot steer."""
+        if not self.cross_attention_layers:
+            raise PipelineError(f"{type(self._pipe).__name__} has no cross-attention that regions could steer; use a model with a UNet")
 
     def _halves(self, region: Region, guided: bool) -> Tensor:
         """A region's (1, T, dim) states, or its negative's and its own where guidance wants both."""

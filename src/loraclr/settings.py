@@ -79,7 +79,8 @@ def read_settings(path: str | Path) -> dict[str, Any]:
 
 def warn_of_versions(settings: Mapping[str, Any], path: Path) -> None:
     """Other versions of the libraries may draw other pictures from the same settings."""
-    stated = settings.get("versions") or {}
+    stated = settings.get("versions")
+    stated = stated if isinstance(stated, Mapping) else {}
     other = [
         f"{name} {stated[name]} (here {version(name)})"
         for name in ("torch", "diffusers", "transformers")

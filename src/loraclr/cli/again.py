@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence, Set
+from operator import index
 from pathlib import Path
 from typing import Any
 
 import typer
 
 from loraclr.errors import UsageError
+
+_DTYPES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 
 
 def given(context: typer.Context) -> set[str]:
@@ -49,14 +52,19 @@ def _options(settings: Mapping[str, Any], given: Set[str]) -> tuple[dict[str, An
     from loraclr.strategies import make_strategy
 
     files = settings.get("files") or {"loras": [], "controls": []}
-    told: dict[str, Any] = {name: settings[name] for name in ("base", "negative", "steps", "guidance")}
-    told |= {"prompt": [settings["prompt"]], "seed": [int(settings["seed"])], "size": tuple(settings["size"]), "lost": False}
-    told["scheduler"] = settings.get("scheduler")
+    height, width = map(index, settings["size"])
+    told: dict[str, Any] = {"base": _text(settings["base"]), "prompt": [_text(settings["prompt"])], "negative": _text(settings["negative"])}
+    told |= {"steps": index(settings["steps"]), "guidance": float(settings["guidance"]), "seed": [index(settings["seed"])]}
+    told |= {"size": (height, width), "scheduler": settings.get("scheduler"), "lost": False}
+    told["base_dtype"] = _DTYPES[settings.get("dtype", "float32")]
     told["regions"] = [Region(one["prompt"], tuple(one["box"]), one["negative"]) for one in settings.get("regions") or ()]
     if stated := settings.get("strategy"):
         told["strategy"] = make_strategy(stated["name"], {name: value for name, value in stated.items() if name != "name"})
         told["nouns"] = {one["name"]: one["noun"] for one in settings["adapters"]}
     needed: list[tuple[str, str, str | None]] = []
+    if (config := files.get("base_config")) is not None and not {"base", "base_config"} & given:
+        told["base_config"] = Path(config)
+        needed.append(("--base-config", config, None))
     if "lora" not in given:
         told["lora"] = [(Path(one["file"]), float(one["scale"])) for one in files["loras"]]
         told["lost"] |= len(told["lora"]) != len(settings.get("adapters") or ())
@@ -69,11 +77,20 @@ def _options(settings: Mapping[str, Any], given: Set[str]) -> tuple[dict[str, An
     return {name: value for name, value in told.items() if name not in given}, needed
 
 
-def files_of(loras: Sequence[tuple[Path, float]], follow: Sequence[tuple[str, Path, Path, float]]) -> dict[str, list[dict[str, object]]]:
+def _text(value: object) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"{value!r} is no text")
+    return value
+
+
+def files_of(
+    loras: Sequence[tuple[Path, float]], follow: Sequence[tuple[str, Path, Path, float]], base_config: Path | None
+) -> dict[str, object]:
     """What a picture needs to be drawn again, with digests."""
     from loraclr.formats import digest
 
     return {
+        "base_config": None if base_config is None else str(base_config),
         "loras": [{"file": str(path), "scale": scale, "sha256": digest(path)} for path, scale in loras],
         "controls": [
             {"kind": kind, "model": str(model), "image": str(image), "weight": weight, "sha256": digest(image)}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.markup import escape
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from loraclr.adapter import Adapter
-    from loraclr.evaluate import Estimate, Evaluation, Subject, Variant
+    from loraclr.evaluate import Ensemble, Estimate, Evaluation, Subject, Variant
     from loraclr.pipeline import Pipeline
 
 # What the table shows of a picture's values, in order.
@@ -46,16 +46,23 @@ def evaluate(
             show_default=False,
         ),
     ],
-    prompts: Annotated[
-        Path, typer.Option(metavar="FILE", help="One prompt a line, {} or <TOK> for the concept's words.", show_default=False)
-    ],
     references: Annotated[
         Path, typer.Option(metavar="DIR", help="Pictures of the concept, or CONCEPT/ folders of them.", show_default=False)
     ],
-    judge: Annotated[str, typer.Option(metavar="JUDGE", help="clip:PATH_OR_ID or toyclip.", show_default=False)],
+    prompts: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="One prompt a line, {} or <TOK> for the concept's words.", show_default=False)
+    ] = None,
+    scenes: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Instead: several people in each picture, a box for everybody.", show_default=False),
+    ] = None,
+    judge: Annotated[
+        str | None, typer.Option(metavar="JUDGE", help="clip:PATH_OR_ID or toyclip; not for scenes.", show_default=False)
+    ] = None,
     output: Annotated[
-        Path, typer.Option(metavar="DIR", help="Folder for pictures and evaluation.json; made if missing.", show_default=False)
-    ],
+        Path,
+        typer.Option(metavar="DIR", help="Folder for pictures and evaluation.json; made if missing."),
+    ] = Path("evaluation"),
     face_judge: Annotated[
         str | None, typer.Option(metavar="JUDGE", help="arcface:FILE.onnx, dlib or toyface; without one, no identity.", show_default=False)
     ] = None,
@@ -90,37 +97,38 @@ def evaluate(
     Pictures of the same settings are kept from run to run: an interrupted evaluation goes on where it stopped.
     """
     asked = None if size is None else parse.size(size)
+    if (prompts is None) == (scenes is None):
+        raise UsageError("what to draw? give either --prompts, for one concept in each picture, or --scenes, for several")
+    if (judge is None) == (scenes is None) or (scenes is not None and face_judge is None):
+        raise UsageError("--prompts are judged by --judge, and by --face-judge if it is given; --scenes by --face-judge alone")
 
     from loraclr.evaluate import evaluate as run
-    from loraclr.evaluate import read_prompts, read_references
+    from loraclr.evaluate import evaluate_scenes, read_prompts, read_references, read_scenes
     from loraclr.judges import open_face_judge, open_picture_judge
 
-    templates, shown = read_prompts(prompts), read_references(references)
+    templates, shown = {} if prompts is None else read_prompts(prompts), read_references(references)
     pipeline = open_base(base, device, base_dtype, offload=offload, config=base_config)
+    several: list[Ensemble] = []
+    if scenes is not None:
+        several = read_scenes(scenes, pipeline.check_settings(seeds=range(seeds), steps=steps, guidance=guidance, size=asked))
+        shown = {name: pictures for name, pictures in shown.items() if any(name in scene.people for scene in several)}
     variants = _variants(lora, list(shown), pipeline)
     subjects = subjects_of(shown, variants, trigger, class_)
-    eyes, face = open_picture_judge(judge, download=download), None if face_judge is None else open_face_judge(face_judge)
+    eyes = None if judge is None else open_picture_judge(judge, download=download)
+    face = None if face_judge is None else open_face_judge(face_judge)
+    drawing: dict[str, Any] = {"steps": steps, "guidance": guidance, "negative": negative, "size": asked, "batch_size": batch}
     with show.progress(quiet=json) as tell:
-        found = run(
-            pipeline,
-            variants,
-            subjects,
-            prompts=templates,
-            judge=eyes,
-            face=face,
-            output=output,
-            seeds=range(seeds),
-            steps=steps,
-            guidance=guidance,
-            negative=negative,
-            size=asked,
-            batch_size=batch,
-            progress=tell,
-        )
+        drawing |= {"output": output, "seeds": range(seeds), "progress": tell}
+        if scenes is not None:
+            assert face is not None
+            found = evaluate_scenes(pipeline, variants, subjects, scenes=several, face=face, **drawing)
+        else:
+            assert eyes is not None
+            found = run(pipeline, variants, subjects, prompts=templates, judge=eyes, face=face, **drawing)
     if json:
         show.as_json(found.report())
     else:
-        _show(found, output)
+        _show(found, output / ("evaluation.json" if scenes is None else "scenes.json"))
 
 
 def _variants(texts: Sequence[str], concepts: Sequence[str], pipeline: Pipeline) -> dict[str, Variant]:
@@ -144,7 +152,10 @@ def _variants(texts: Sequence[str], concepts: Sequence[str], pipeline: Pipeline)
 
 
 def _of_concept(folder: Path, concept: str) -> Path:
-    files = [path for path in sorted(folder.iterdir()) if parse.adapter_name(path) == concept and path.suffix != ".json"]
+    from loraclr.formats.files import READ  # whatever else lies beside them: previews, notes
+
+    named = [path for path in sorted(folder.iterdir()) if parse.adapter_name(path) == concept]
+    files = [path for path in named if path.suffix in READ or path.is_dir()]
     if len(files) != 1:
         seen = ", ".join(path.name for path in files) or "no file"
         raise UsageError(f"--lora {folder}: {seen} for concept {concept}; a folder needs one adapter named after each concept")
@@ -177,8 +188,8 @@ def _is_one(adapters: Adapter | Mapping[str, Adapter]) -> bool:
     return not isinstance(adapters, Mapping)
 
 
-def _show(found: Evaluation, output: Path) -> None:
-    count = len(found.rows[1].concepts)
+def _show(found: Evaluation, written: Path) -> None:
+    count = len(found.rows[-1].concepts)
     show.out.print(_metrics(found, f"{len(found.settings['concepts'])} concept(s), {count} pictures a row"), "")
     if found.settings["groups"]:
         show.out.print(_groups(found), "")
@@ -196,18 +207,19 @@ def _show(found: Evaluation, output: Path) -> None:
         show.out.print(said, style="dim", markup=False)
     show.out.print("intervals: 95 % bootstrap over concepts, prompts and seeds; differences of the same ones", style="dim", markup=False)
     kept = f", {found.kept} were there" if found.kept else ""
-    show.out.print(f"drawn: {found.drawn} pictures{kept}\nwritten: {output / 'evaluation.json'}", markup=False)
+    show.out.print(f"drawn: {found.drawn} pictures{kept}\nwritten: {written}", markup=False)
 
 
 def _metrics(found: Evaluation, title: str) -> Table:
     """A block for each metric, a line for each row, with its differences to the base and to the first adapter."""
-    base, first, *others = [row.label for row in found.rows[1:]]
+    base, first, *others = [row.label for row in found.rows if row.label != "references"]
     against = [base, first] if others else [base]
     differences = {(of, to): estimates for of, to, estimates in found.differences()}
     estimates = {row.label: row.estimates() for row in found.rows}
     columns = ["mean", "95 %", *(f"minus {label}" for label in against)]
     table = show.table("", *columns, numbers=tuple(columns), title=title)
-    for metric, name in METRICS.items():
+    names = METRICS | {metric: metric for metric in estimates[first] if "present, " in metric}
+    for metric, name in names.items():
         if any(metric in values for values in estimates.values()):
             table.add_row(Text(name, style="bold"))
         for label, values in estimates.items():

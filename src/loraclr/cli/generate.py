@@ -19,7 +19,6 @@ from loraclr.errors import UsageError
 
 if TYPE_CHECKING:
     from loraclr.control import Control
-    from loraclr.generate import Generated
 
 
 def generate(
@@ -82,13 +81,13 @@ def generate(
     asked = parse.size(size) if size is not None else told.get("size")
     negative, seeds = told.get("negative", negative), list(dict.fromkeys(told.get("seed", seed)))
     steps, guidance = told.get("steps", steps), told.get("guidance", guidance)
-    chosen = told.get("strategy", strategy)
+    chosen, base_config = told.get("strategy", strategy), told.get("base_config", base_config)
     loras = [parse.lora(text) for text in lora] or told.get("lora", [])
     follow = [parse.control(kind, text) for kind, texts in (("control", control), ("adapter", adapter)) for text in texts]
     follow = follow or told.get("controls", [])
     paths = _paths(output, prompt, seeds)
-    if not force and (taken := [path.name for path in paths if path.exists()]):
-        raise UsageError(f"{output} already has {', '.join(taken[:3])}; give another --output, or --force to replace")
+    if not force:
+        _check_free(paths)
     if class_ and chosen is None:
         raise UsageError("--class is for --strategy; give both or none")
     if offload and chosen is not None:
@@ -99,12 +98,12 @@ def generate(
     from loraclr.generate import parse_region
     from loraclr.strategies import Part, make_strategy
 
-    pipeline = open_base(base, device, base_dtype, offload=offload, config=base_config)
+    pipeline = open_base(base, device, told.get("base_dtype", base_dtype), offload=offload, config=base_config)
     adapters = [(load_adapter(path, base=pipeline), scale) for path, scale in loras]
     pixels = pipeline.check_settings(seeds=seeds, steps=steps, guidance=guidance, size=asked)
     controls = [_control(*one) for one in follow]
     nouns = {**told.get("nouns", {}), **parse.by_name(class_, [one.name for one, _ in adapters], "--class")}
-    files = again.files_of(loras, follow)
+    files = again.files_of(loras, follow, base_config)
     with ExitStack() as stack:
         if chosen is None:
             for one, scale in adapters:
@@ -130,7 +129,10 @@ def generate(
         made = []
         for path, picture in zip(paths, pictures, strict=True):
             whole = replace(picture, settings={**picture.settings, "files": files})
-            made.append({"file": str(_write(whole, path)), **whole.settings})
+            with disk.reserved(path):
+                if not force:
+                    _check_free([path])  # another run may have drawn it meanwhile
+                made.append({"file": str(whole.save(path)), **whole.settings})
     if json:
         show.as_json(made)
     else:
@@ -146,9 +148,9 @@ def _control(kind: str, model: Path, image: Path, weight: float) -> Control:
     return Control(load_control(kind, model), seen, weight, name=model.name)
 
 
-def _write(picture: Generated, path: Path) -> Path:
-    with disk.reserved(path):
-        return picture.save(path)
+def _check_free(paths: list[Path]) -> None:
+    if taken := [path.name for path in paths if path.exists()]:
+        raise UsageError(f"{paths[0].parent} already has {', '.join(taken[:3])}; give another --output, or --force to replace")
 
 
 def _paths(folder: Path, prompts: list[str], seeds: list[int]) -> list[Path]:

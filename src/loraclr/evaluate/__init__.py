@@ -25,10 +25,12 @@ from loraclr.evaluate.metrics import (
     presence,
     text_cosine,
 )
+from loraclr.evaluate.scenes import Ensemble, evaluate_scenes, read_scenes
 from loraclr.evaluate.subjects import Subject, call_of, noun_of, read_captions, read_prompts, read_references
 from loraclr.evaluate.trial import Variant, evaluate
 
 __all__ = [
+    "Ensemble",
     "Estimate",
     "Evaluation",
     "FaceJudge",
@@ -48,6 +50,7 @@ __all__ = [
     "confusion",
     "estimate",
     "evaluate",
+    "evaluate_scenes",
     "identity",
     "image_alignment",
     "interval",
@@ -59,5 +62,6 @@ __all__ = [
     "read_captions",
     "read_prompts",
     "read_references",
+    "read_scenes",
     "text_cosine",
 ]

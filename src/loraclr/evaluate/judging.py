@@ -43,6 +43,17 @@ class FaceJudge(Protocol):
     def embed_faces(self, images: Sequence[Image]) -> list[Tensor]: ...  # per picture (faces, d), no rows where it finds none
 
 
+def known_faces(face: FaceJudge, subjects: Sequence[Subject]) -> list[list[Tensor]]:
+    """By concept and reference picture the faces, (faces, d). Raises UsageError where a concept has none at all."""
+    known = [face.embed_faces(subject.references) for subject in subjects]
+    if without := [subject.name for subject, found in zip(subjects, known, strict=True) if not any(len(one) for one in found)]:
+        raise UsageError(
+            f"{face.name} finds no face in any reference of {', '.join(without)}; give pictures with a clear, upright face, "
+            "another face judge, or none"
+        )
+    return known
+
+
 class Judges:
     """Both judges, with what they make of the references and of the texts."""
 
@@ -51,14 +62,7 @@ class Judges:
         nouns = dict.fromkeys(["", *(subject.noun for subject in subjects)])
         self.said = {noun: judge.embed_texts([fill(text, noun) for text in templates]) for noun in nouns}
         self.seen = [judge.embed_images(subject.references) for subject in subjects]
-        self.known = [] if face is None else [face.embed_faces(subject.references) for subject in subjects]
-        if face is not None:
-            without = [subject.name for subject, found in zip(subjects, self.known, strict=True) if not any(len(one) for one in found)]
-            if without:
-                raise UsageError(
-                    f"{face.name} finds no face in any reference of {', '.join(without)}; give pictures with a clear, upright face, "
-                    "another face judge, or none"
-                )
+        self.known = [] if face is None else known_faces(face, subjects)
 
     def judged(self, row: Row, output: Path, *, tell: Callable[[str, float], None]) -> Row:
         """The row with the values of its pictures, which lie in `output`, concept by concept and in each prompt by prompt."""

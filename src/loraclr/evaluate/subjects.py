@@ -49,7 +49,7 @@ def read_prompts(path: str | Path) -> dict[str, str]:
     and lines that start with # are passed over."""
     prompts: dict[str, str] = {}
     group = ""
-    for line in _lines(path):
+    for line in map(str.strip, read_lines(path)):
         if head := re.fullmatch(r"\[([^\[\]{}<>]+)\]", line):
             group = head[1].strip()
         else:
@@ -61,7 +61,7 @@ def read_prompts(path: str | Path) -> dict[str, str]:
 
 def read_captions(path: str | Path) -> list[str]:
     """Prompts without any concept, one a line; empty lines and lines that start with # are passed over."""
-    captions = list(dict.fromkeys(" ".join(line.split()) for line in _lines(path)))
+    captions = list(dict.fromkeys(" ".join(line.split()) for line in read_lines(path)))
     if called := [caption for caption in captions if any(place in caption for place in PLACES)]:
         raise UsageError(f"{path}: {called[0]!r} has a place for a concept's words; these prompts are to be without any concept")
     if not captions:
@@ -69,12 +69,13 @@ def read_captions(path: str | Path) -> list[str]:
     return captions
 
 
-def _lines(path: str | Path) -> list[str]:
+def read_lines(path: str | Path) -> list[str]:
+    """The lines of a text, without those that are empty or begin with #. Raises UsageError for what is no text."""
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()  # Windows' editors begin with a mark
     except UnicodeDecodeError as error:
         raise UsageError(f"{path} is no UTF-8 text ({error.reason}); give a text file with one prompt a line") from error
-    return [text for line in lines if (text := line.strip()) and not text.startswith("#")]
+    return [line for line in lines if (text := line.strip()) and not text.startswith("#")]
 
 
 def read_references(folder: str | Path) -> dict[str, list[Image]]:

@@ -15,6 +15,7 @@ from functools import partial
 from importlib.metadata import version
 from itertools import groupby
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,6 +27,7 @@ from loraclr.evaluate.evaluation import BASE, REFERENCES, Evaluation, Row
 from loraclr.evaluate.judging import FaceJudge, Judges, PictureJudge
 from loraclr.evaluate.subjects import Subject, fill, template
 from loraclr.generate import Generated, generate
+from loraclr.modules import fingerprint
 from loraclr.pipeline import GUIDANCE, STEPS, Pipeline
 
 SEEDS = (0, 1, 2, 3)
@@ -71,17 +73,8 @@ def evaluate(
     """
     wanted = {label: variant if isinstance(variant, Variant) else Variant(variant) for label, variant in variants.items()}
     templates, judges = prepared(wanted, subjects, prompts=prompts, judge=judge, face=face, seeds=seeds, batch_size=batch_size)
-    pixels = pipeline.check_settings(seeds=seeds, steps=steps, guidance=guidance, size=size)
-    settings: dict[str, object] = {
-        "weights": _digest_of_base(pipeline),
-        "steps": steps,
-        "guidance": guidance,
-        "negative": negative,
-        "size": list(pixels),
-        "scheduler": pipeline.scheduler_name,
-        "dtype": str(pipeline.dtype),
-        "versions": {"loraclr": __version__, "torch": version("torch"), "diffusers": version("diffusers")},
-    }
+    settings = settings_of(pipeline, steps=steps, guidance=guidance, negative=negative, seeds=seeds, size=size)
+    pixels = (settings["size"][0], settings["size"][1])
     draw = partial(generate, pipeline, steps=steps, guidance=guidance, negative=negative, size=pixels, batch_size=batch_size)
     tell = progress or (lambda what, share: None)
     root = Path(output)
@@ -93,7 +86,7 @@ def evaluate(
     for each in unlike.values():
         with pipeline.applied(each):
             pass  # one that does not fit the base is an error before anything is drawn
-    digests = {number: _digest(adapter) for number, adapter in unlike.items()}
+    digests = {number: digest_of(adapter) for number, adapter in unlike.items()}
     with disk.folder(root):
         for label, variant in labels:
             paths: list[Path] = []
@@ -103,13 +96,13 @@ def evaluate(
                 words = subject.noun if variant is None else subject.call
                 made_by = settings | ({} if adapter is None else {"adapter": digests[id(adapter)], "scale": scale})
                 pictures = [
-                    _Picture(prompt, seed, _key(made_by, prompt, seed), shown / label / subject.name / f"{number:02d}-{seed}.png")
+                    Picture(prompt, seed, key_of(made_by, prompt, seed), shown / label / subject.name / f"{number:02d}-{seed}.png")
                     for number, prompt in enumerate((fill(text, words) for text in templates), start=1)
                     for seed in seeds
                 ]
                 missing = [picture for picture in pictures if not picture.there()]
                 with pipeline.applied(adapter, scale=scale) if adapter is not None and missing else nullcontext():
-                    for picture in _drawn(missing, draw):
+                    for picture in drawn_anew(missing, draw):
                         drawn += 1
                         tell(f"drawing {label}", (index + pictures.index(picture) / len(pictures)) / len(subjects))
                 paths += [picture.path for picture in pictures]
@@ -132,9 +125,7 @@ def evaluate(
             "groups": {template(text): group for text, group in prompts.items() if group} if isinstance(prompts, Mapping) else {},
             "seeds": list(seeds),
             "judge": None if judge is None else judge.name,
-            "face_judge": None if face is None else face.name,
-            "limit": None if face is None else {"value": face.limit.value, "kind": face.limit.kind},
-            "concepts": [{"name": one.name, "call": one.call, "class": one.noun, "references": len(one.references)} for one in subjects],
+            **told_of(subjects, face),
             "variants": {
                 label: {
                     "scale": variant.scale,
@@ -164,20 +155,7 @@ def prepared(
 ) -> tuple[list[str], Judges | None]:
     """The prompts as templates, and the judges with what they make of the references. Raises UsageError as `evaluate` does."""
     templates = [template(prompt) for prompt in prompts]
-    names = [subject.name for subject in subjects]
-    problems = []
-    if not variants or not subjects or not templates or not seeds or batch_size < 1:
-        problems.append("give at least one adapter, one concept, one prompt, one seed, and a batch of at least one picture")
-    if len(set(names)) < len(names) or len(set(seeds)) < len(seeds) or len(set(templates)) < len(templates):
-        problems.append("a concept, prompt or seed is given twice; keep one")
-    for kind, words in (("row", list(variants)), ("concept", names)):
-        if unsafe := [word for word in words if not word or word.startswith(".") or set(word) & set('/\\:*?"<>|')]:
-            problems.append(f"{kind} {unsafe[0]!r} cannot be a folder's name; choose another")
-    if taken := sorted({BASE, REFERENCES} & set(variants)):
-        problems.append(f"{taken[0]!r} is what a control is called; give the adapter another label")
-    for label, variant in variants.items():
-        if not isinstance(variant.adapters, Adapter) and (lacking := sorted(set(names) - set(variant.adapters))):
-            problems.append(f"{label} has no adapter of {', '.join(lacking)}")
+    problems = faults(variants, subjects, templates, seeds, batch_size)
     if judge is not None:
         problems += [f"concept {subject.name} has no reference pictures" for subject in subjects if not subject.references]
     elif face is not None:
@@ -187,8 +165,55 @@ def prepared(
     return templates, None if judge is None else Judges(judge, face, subjects, templates)
 
 
+def faults(
+    variants: Mapping[str, Variant], subjects: Sequence[Subject], texts: Sequence[str], seeds: Sequence[int], batch_size: int
+) -> list[str]:
+    """What is wrong with what is to be drawn; `texts` are templates or scenes."""
+    names = [subject.name for subject in subjects]
+    problems = []
+    if not variants or not subjects or not texts or not seeds or batch_size < 1:
+        problems.append("give at least one adapter, one concept, one prompt, one seed, and a batch of at least one picture")
+    if len(set(names)) < len(names) or len(set(seeds)) < len(seeds) or len(set(texts)) < len(texts):
+        problems.append("a concept, prompt or seed is given twice; keep one")
+    for kind, words in (("row", list(variants)), ("concept", names)):
+        if unsafe := [word for word in words if not word or word.startswith(".") or set(word) & set('/\\:*?"<>|')]:
+            problems.append(f"{kind} {unsafe[0]!r} cannot be a folder's name; choose another")
+    if taken := sorted({BASE, REFERENCES} & set(variants)):
+        problems.append(f"{taken[0]!r} is what a control is called; give the adapter another label")
+    for label, variant in variants.items():
+        if not isinstance(variant.adapters, Adapter) and (lacking := sorted(set(names) - set(variant.adapters))):
+            problems.append(f"{label} has no adapter of {', '.join(lacking)}")
+    return problems
+
+
+def settings_of(
+    pipeline: Pipeline, *, steps: int, guidance: float, negative: str, seeds: Sequence[int], size: tuple[int, int] | None
+) -> dict[str, Any]:
+    """What a picture depends on but for its prompt, seed and adapter. Raises UsageError for what cannot be."""
+    pixels = pipeline.check_settings(seeds=seeds, steps=steps, guidance=guidance, size=size)
+    return {
+        "weights": fingerprint(pipeline.pipe, vae=True),
+        "steps": steps,
+        "guidance": guidance,
+        "negative": negative,
+        "size": list(pixels),
+        "scheduler": pipeline.scheduler_name,
+        "dtype": str(pipeline.dtype),
+        "versions": {"loraclr": __version__, "torch": version("torch"), "diffusers": version("diffusers")},
+    }
+
+
+def told_of(subjects: Sequence[Subject], face: FaceJudge | None) -> dict[str, Any]:
+    """What a report says of whom it is about and of who looked for them."""
+    return {
+        "face_judge": None if face is None else face.name,
+        "limit": None if face is None else {"value": face.limit.value, "kind": face.limit.kind},
+        "concepts": [{"name": one.name, "call": one.call, "class": one.noun, "references": len(one.references)} for one in subjects],
+    }
+
+
 @dataclass(frozen=True)
-class _Picture:
+class Picture:
     """One picture of a trial, drawn or to be drawn. `key` is the digest of all that made it."""
 
     prompt: str
@@ -212,7 +237,7 @@ class _Picture:
         replace(made, settings={**made.settings, "evaluation": self.key}).save(self.path)
 
 
-def _drawn(pictures: Sequence[_Picture], draw: Callable[..., Iterator[Generated]]) -> Iterator[_Picture]:
+def drawn_anew(pictures: Sequence[Picture], draw: Callable[..., Iterator[Generated]]) -> Iterator[Picture]:
     """Each as soon as it is on disk. `draw` takes prompts x seeds, so pictures, ordered by prompt, go to it as runs of that shape."""
     by_prompt = [list(part) for _, part in groupby(pictures, key=lambda picture: picture.prompt)]
     for seeds, run in groupby(by_prompt, key=lambda part: [picture.seed for picture in part]):
@@ -223,11 +248,11 @@ def _drawn(pictures: Sequence[_Picture], draw: Callable[..., Iterator[Generated]
             yield picture
 
 
-def _key(settings: Mapping[str, object], prompt: str, seed: int) -> str:
+def key_of(settings: Mapping[str, object], prompt: str, seed: int) -> str:
     return hashlib.sha256(json.dumps({**settings, "prompt": prompt, "seed": seed}, sort_keys=True).encode()).hexdigest()
 
 
-def _digest(adapter: Adapter) -> str:
+def digest_of(adapter: Adapter) -> str:
     """Of what it does: layers, scales, learned tokens."""
     whole = hashlib.sha256()
     for layer in adapter:
@@ -235,14 +260,6 @@ def _digest(adapter: Adapter) -> str:
         _add(whole, layer.name, parts)
     for token, rows in sorted(adapter.tokens.items()):
         _add(whole, token, (rows,))
-    return whole.hexdigest()
-
-
-def _digest_of_base(pipeline: Pipeline) -> str:
-    """Of the weights of every module that adapters can reach, so that a base trained anew under the same name is noticed."""
-    whole = hashlib.sha256()
-    for name in pipeline.modules:
-        _add(whole, name, (pipeline.base_weight(name),))
     return whole.hexdigest()
 
 

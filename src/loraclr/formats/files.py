@@ -5,11 +5,12 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import math
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import safetensors.torch
 import torch
@@ -25,6 +26,7 @@ from loraclr.formats.names import COMPONENTS
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 SUFFIXES: dict[Storage, tuple[str, ...]] = {"file": (".safetensors",), "torch": (".pth", ".pt"), "folder": ("",)}
 _TORCH_READ = (".pth", ".pt", ".bin")
+READ = (".safetensors", *_TORCH_READ)
 # As safetensors calls them.
 _NAMES = {
     torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32", torch.float64: "F64", torch.int64: "I64", torch.int32: "I32",
@@ -33,6 +35,17 @@ _NAMES = {
 }  # fmt: skip
 _CONFIG_BYTES = 4 << 20
 _ZIP_SLACK = 1 << 10
+
+
+class Entry(NamedTuple):
+    """A tensor that is made when it is written."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    make: Callable[[], Tensor]
+
+
+Stored = Tensor | Entry
 
 
 @contextmanager
@@ -115,13 +128,13 @@ def safetensors_bytes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
     return b"".join(bytes(part) for part in parts)
 
 
-def write_large(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], path: Path) -> None:
+def write_large(tensors: Mapping[str, Stored], metadata: Mapping[str, str], path: Path) -> None:
     """A .safetensors file of whole models: put there in one step as by `write`, but tensor by tensor."""
     with disk.whole(path) as part:
         stream(tensors, metadata, part)
 
 
-def stream(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], path: Path) -> None:
+def stream(tensors: Mapping[str, Stored], metadata: Mapping[str, str], path: Path) -> None:
     """The same straight into the file at `path`, for folders that are written as a whole: tensor by tensor, no copy of all in memory."""
     with path.open("wb") as file:
         file.writelines(_parts(tensors, metadata))
@@ -134,30 +147,32 @@ def _hashed(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[
         raise FormatError(f"metadata {wrong[0]!r} is a {type(metadata[wrong[0]]).__name__}; safetensors metadata must be text: use str()")
     whole = hashlib.sha256()
     for key in _order(tensors):
-        whole.update(_body(tensors[key]))
+        whole.update(body(tensors[key]))
     return {**metadata, "modelspec.hash_sha256": f"0x{whole.hexdigest()}", "sshs_model_hash": whole.hexdigest()}
 
 
-def _parts(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Iterator[Any]:
+def _parts(tensors: Mapping[str, Stored], metadata: Mapping[str, str]) -> Iterator[Any]:
     """A .safetensors file, piece by piece. Equal content, equal bytes: the library shuffles the metadata from run to run."""
     entries: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))}
     order, end = _order(tensors), 0
     for key in order:
-        begin, end = end, end + tensors[key].numel() * tensors[key].element_size()
+        begin, end = end, end + math.prod(tensors[key].shape) * tensors[key].dtype.itemsize
         entries[key] = {"dtype": _NAMES[tensors[key].dtype], "shape": list(tensors[key].shape), "data_offsets": [begin, end]}
     header = json.dumps(entries, separators=(",", ":")).encode()
     header += b" " * (-len(header) % 8)
     yield len(header).to_bytes(8, "little")
     yield header
-    yield from (_body(tensors[key]) for key in order)
+    yield from (body(tensors[key]) for key in order)
 
 
-def _order(tensors: Mapping[str, Tensor]) -> list[str]:
+def _order(tensors: Mapping[str, Stored]) -> list[str]:
     """The larger types first: all stay aligned."""
-    return sorted(tensors, key=lambda key: (-tensors[key].element_size(), key))
+    return sorted(tensors, key=lambda key: (-tensors[key].dtype.itemsize, key))
 
 
-def _body(tensor: Tensor) -> Any:
+def body(stored: Stored) -> Any:
+    """The bytes of a tensor, as a buffer."""
+    tensor = stored.make() if isinstance(stored, Entry) else stored
     return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 

@@ -207,6 +207,7 @@ class _Statistics(Mapping[str, LayerStats]):
     """What a pack's concepts and its concept-free prompts saw, layer by layer, from disk."""
 
     def __init__(self, pack: Pack) -> None:
+        self._path = pack.path
         self._layers = sorted({layer for name in pack.concepts for layer in pack.held(name).adapted})
         self._files: dict[str | None, list[PackFile]] = {
             name: [held for held in pack.files if held.concept == name] for name in (*pack.concepts, None)
@@ -231,6 +232,10 @@ class _Statistics(Mapping[str, LayerStats]):
             for kind in KINDS:
                 if (moments := held.moments(kind, layer)) is not None:
                     found[kind][name] = dataclasses.replace(moments.scaled(times), count=moments.count * times) if times > 1 else moments
+        if len({moments.width for kind in KINDS for moments in found[kind].values()}) > 1 or not found["fit"].keys() >= set(self._files) - {
+            None
+        }:
+            raise FormatError(f"{self._path}: the statistics of {layer} do not belong together; a file is damaged: make the pack anew")
         fit, held_out = ({str(name): moments for name, moments in found[kind].items()} for kind in ("fit", "held_out"))
         return LayerStats(layer, fit, held_out, found["preserve"].get(None))
 

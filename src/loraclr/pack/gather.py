@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,15 +10,13 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import nn
-
 from loraclr.adapter import Adapter
 from loraclr.collect import Collection, Concept, collect
 from loraclr.errors import FormatError, MergeError
 from loraclr.formats import load_adapter
-from loraclr.formats.files import digest
+from loraclr.formats.files import Stored, digest
 from loraclr.merge import concepts_of
+from loraclr.modules import fingerprint
 from loraclr.pack import file
 from loraclr.pack.file import KINDS, PackFile
 from loraclr.pipeline import Pipeline
@@ -38,7 +34,7 @@ class Addition:
     concept: Concept
     input: Mapping[str, str | None]  # file and sha256
     adapter: Mapping[str, Any]  # of `file.adapter_entries`
-    entries: Mapping[str, file.Entry]
+    entries: Mapping[str, Stored]
     fingerprint: str  # of the adapter and its call
 
     @property
@@ -78,7 +74,7 @@ def settings_of(held: PackFile) -> Collection:
     said: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in held.about["collection"].items()}
     try:
         return Collection(**said)
-    except TypeError as error:
+    except (TypeError, AttributeError) as error:
         raise FormatError(f"{held.path}: its statistics are of a later version; update loraclr") from error
 
 
@@ -94,7 +90,7 @@ class Gather:
     ) -> None:
         """What does not fit into memory waits in the folder `scratch`, or without it in the pack's."""
         self.base, self.settings, self.progress, self.scratch = base, settings, progress, scratch
-        self.ground = {"source": base.source, "sha256": fingerprint(base)}
+        self.ground = {"source": base.source, "sha256": fingerprint(base.pipe)}
 
     def check(self, folder: Path, files: Sequence[PackFile]) -> None:
         """Raises MergeError where a pack's files are of another base or of other settings."""
@@ -136,7 +132,7 @@ class Gather:
                 file.write(_free(folder, name or PRESERVATION), about, entries)
         self._tell("collecting", 1.0)
 
-    def _collected(self, concept: Concept | None, layers: Sequence[str], room: Scratch) -> tuple[dict[str, Any], dict[str, file.Entry]]:
+    def _collected(self, concept: Concept | None, layers: Sequence[str], room: Scratch) -> tuple[dict[str, Any], dict[str, Stored]]:
         """The statistics of these layers under the concept's own adapter, or without any; to be written before `room` is closed."""
         found: dict[str, dict[str, Moments]] = {kind: {} for kind in KINDS}
         for names in self.base.stages(layers):
@@ -171,22 +167,6 @@ class Gather:
     def _tell(self, what: str, share: float) -> None:
         if self.progress:
             self.progress(what, share)
-
-
-def fingerprint(base: Pipeline) -> str:
-    """SHA-256 of what features depend on: all weights but the VAE's to the last bit, the scheduler's settings and the vocabulary."""
-    found = hashlib.sha256()
-    for component, part in sorted(base.pipe.components.items()):
-        if isinstance(part, nn.Module) and re.match(r"unet|transformer|text_encoder", component):
-            for name, weight in sorted(part.named_parameters()):
-                found.update(f"{component}.{name} {weight.dtype} {tuple(weight.shape)}".encode())
-                found.update(weight.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    settings = {key: value for key, value in base.pipe.scheduler.config.items() if not key.startswith("_")}
-    unet: Any = base.unet
-    size = getattr(unet.config, "sample_size", None)  # which not every transformer has
-    said = [base.scheduler_name, settings, size, sorted(base.pipe.tokenizer.get_vocab().items())]
-    found.update(json.dumps(said, sort_keys=True, default=str).encode())
-    return found.hexdigest()
 
 
 def _difference(held: PackFile, ground: Mapping[str, Any], settings: Collection) -> str:

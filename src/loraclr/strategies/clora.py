@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import count
@@ -12,12 +12,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from loraclr.conditioning import Refine, Region, conditioned
+from loraclr.conditioning import Refine, conditioned
 from loraclr.errors import UsageError
 from loraclr.strategies.attention import SIDE, Watch, masks, saliency, watched
 from loraclr.strategies.cast import Cast
-from loraclr.strategies.scene import Scene, Script, attentions, check_regions, check_words, in_box, latent_size
-from loraclr.strategies.words import Part
+from loraclr.strategies.scene import Scene, Script, attentions, check_maps, check_regions, check_words, in_box, latent_size
 
 
 @dataclass(frozen=True)
@@ -46,11 +45,14 @@ class Clora:
         if not all(0 <= share < 1 for share in (self.threshold, *self.refine_at)) or not 0 <= self.until <= 1:
             raise UsageError("clora: threshold, until and refine_at are shares; give 0 or more and less than 1")
 
-    def check(self, prompt: str, parts: Sequence[Part], regions: Sequence[Region]) -> None:
-        check_words(prompt, parts)
-        check_regions(parts, regions)
-        for part, region in zip(parts, regions, strict=False):
+    def check(self, cast: Cast, scene: Scene) -> None:
+        check_words(scene.prompt, cast.parts)
+        check_regions(cast.parts, scene.regions)
+        for part, region in zip(cast.parts, scene.regions, strict=False):
             check_words(region.prompt, [part], where=f"{part.name}'s region")
+        if not scene.regions or self._refines(cast):
+            check_maps(cast, scene)
+        Script.of(cast, scene)
 
     def draw(self, cast: Cast, scene: Scene) -> Tensor:
         script, layers, latent = Script.of(cast, scene), attentions(cast), latent_size(cast, scene)
@@ -75,7 +77,7 @@ class Clora:
 
         def refine(latents: Tensor, time: Tensor, model_input: Callable[[Tensor], Tensor]) -> Tensor:
             number = next(numbers)
-            if number >= last or len(cast.parts) < 2 or self.rate == 0:
+            if number >= last or not self._refines(cast):
                 return latents
             for _ in range(self.refinements if number in often else 1):
                 with torch.inference_mode(False), torch.enable_grad():
@@ -86,6 +88,9 @@ class Clora:
             return latents
 
         return refine
+
+    def _refines(self, cast: Cast) -> bool:
+        return len(cast.parts) > 1 and self.rate > 0 and self.until > 0
 
     def loss(self, cast: Cast, script: Script, watch: Watch, sample: Tensor, time: Tensor) -> Tensor:
         """Scalar: the contrast of all concepts' maps in all readings of `sample`, the UNet's input."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import ClassVar
@@ -10,12 +10,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from loraclr.conditioning import Region, conditioned
+from loraclr.conditioning import conditioned
 from loraclr.errors import UsageError
 from loraclr.strategies.attention import SIDE, Watch, masks, saliency, watched
 from loraclr.strategies.cast import Cast
-from loraclr.strategies.scene import Scene, Script, attentions, check_regions, check_words, in_box, latent_size
-from loraclr.strategies.words import Part
+from loraclr.strategies.scene import Scene, Script, attentions, check_maps, check_regions, check_words, in_box, latent_size
 
 
 @dataclass(frozen=True)
@@ -41,10 +40,12 @@ class Omg:
         if not 0 <= self.start < 1 or not 0 <= self.threshold < 1:
             raise UsageError(f"omg: start {self.start:g} and threshold {self.threshold:g} are shares; give 0 or more and less than 1")
 
-    def check(self, prompt: str, parts: Sequence[Part], regions: Sequence[Region]) -> None:
-        check_regions(parts, regions)
-        if not regions:
-            check_words(prompt, parts)
+    def check(self, cast: Cast, scene: Scene) -> None:
+        check_regions(cast.parts, scene.regions)
+        if not scene.regions:
+            check_words(scene.prompt, cast.parts)
+            check_maps(cast, scene)
+        Script.of(cast, scene)
 
     def draw(self, cast: Cast, scene: Scene) -> Tensor:
         script, layers = Script.of(cast, scene), attentions(cast)

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from loraclr.conditioning import Refine, Region, box_cells
-from loraclr.errors import UsageError
+from loraclr.errors import PipelineError, UsageError
 from loraclr.pipeline import GUIDANCE, STEPS
+from loraclr.strategies.attention import SIDE
 from loraclr.strategies.cast import Cast
 from loraclr.strategies.words import Part, Words
 
@@ -36,8 +37,8 @@ class Strategy(Protocol):
 
     name: ClassVar[str]
 
-    def check(self, prompt: str, parts: Sequence[Part], regions: Sequence[Region]) -> None:
-        """Raises UsageError for words, parts and regions that do not fit together."""
+    def check(self, cast: Cast, scene: Scene) -> None:
+        """Raises UsageError or PipelineError for all that `draw` would: words, parts and regions that do not go together, or the size."""
 
     def draw(self, cast: Cast, scene: Scene) -> Tensor:
         """(1, channels, h, w) latents."""
@@ -109,8 +110,23 @@ def attentions(cast: Cast) -> list[Any]:
 
 
 def latent_size(cast: Cast, scene: Scene) -> tuple[int, int]:
-    unit = 1 << (len(cast.pipeline.pipe.vae.config.block_out_channels) - 1)
-    return scene.size[0] // unit, scene.size[1] // unit
+    scale = int(cast.pipeline.pipe.vae_scale_factor)
+    return scene.size[0] // scale, scene.size[1] // scale
+
+
+def check_maps(cast: Cast, scene: Scene) -> None:
+    """Raises PipelineError where no cross-attention map is as coarse as those that are read."""
+    deepest = len(cast.pipeline.unet.config.block_out_channels) - 1  # type: ignore[union-attr,arg-type]
+    halvings = 0
+    for path in cast.pipeline.cross_attention_layers:
+        block, number = path.split(".")[:2]
+        halvings = max(halvings, deepest if block == "mid_block" else int(number) if block == "down_blocks" else deepest - int(number))
+    side = -(-min(latent_size(cast, scene)) // (1 << halvings))
+    if side > SIDE:
+        raise PipelineError(
+            f"the coarsest attention map of a picture of {scene.size[0]}x{scene.size[1]} has {side} cells a side, and masks are read from "
+            f"those of {SIDE} or less; draw it smaller, or give each adapter a region"
+        )
 
 
 def _within(spots: dict[int, list[int]], length: int) -> dict[int, list[int]]:

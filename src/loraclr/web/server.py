@@ -37,10 +37,13 @@ def make_app(study: Study) -> Flask:
     def show() -> Response:
         who = rater()
         if who is None:
-            return remembered(
-                make_response(render_template("study.html", study=study, state="welcome", total=len(study.questions))), new_rater()
-            )
-        answered, order = study.answered(who), study.order(who)
+            cookieless = "start" in request.args
+            page = render_template("study.html", study=study, state="welcome", total=len(study.questions), cookieless=cookieless)
+            return remembered(make_response(page), new_rater())
+        try:
+            answered, order = study.answered(who), study.order(who)
+        except WriteError as error:
+            abort(503, f"The study cannot go on: {error}")
         asked = request.args.get("question")
         if asked is None and not answered and "start" not in request.args:
             return remembered(make_response(render_template("study.html", study=study, state="welcome", total=len(order))), who)

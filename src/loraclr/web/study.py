@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
@@ -23,7 +24,6 @@ from loraclr.errors import UsageError, WriteError
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 SCALE = (1, 2, 3, 4, 5)
-DRAWS = 2000
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,11 @@ class Study:
             self.title: str = described["title"]
             self.note: str = described["note"]
             self.questions = tuple(Question(**{**entry, "references": tuple(entry["references"])}) for entry in described["questions"])
-        except (ValueError, KeyError, TypeError) as error:
+            words = [word for question in self.questions for word in (*question.references, question.id, question.method, question.concept)]
+            words += [word for question in self.questions for word in (question.picture, question.item)]
+            if not all(isinstance(word, str) for word in (self.title, self.note, *words)):
+                raise TypeError("something in it is no text")
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise UsageError(f"{file} cannot be read ({error}); make the study again") from error
         self.by_id = {question.id: question for question in self.questions}
 
@@ -77,31 +81,37 @@ class Study:
         return questions
 
     @contextmanager
-    def database(self) -> Iterator[sqlite3.Connection]:
-        """Every answer is committed to disk before the next question is shown. Raises WriteError where it cannot be."""
+    def _database(self, mode: str) -> Iterator[sqlite3.Connection]:
+        """Raises WriteError where it cannot be used."""
+        file = self.folder / "answers.sqlite"
         try:
-            with closing(sqlite3.connect(self.folder / "answers.sqlite", timeout=30)) as connection:
-                connection.execute("PRAGMA journal_mode=WAL")
-                connection.execute("PRAGMA synchronous=FULL")
-                connection.execute(
-                    "CREATE TABLE IF NOT EXISTS answers "
-                    "(rater TEXT, question TEXT, rating INTEGER NOT NULL CHECK (rating BETWEEN 1 AND 5), "
-                    "at TEXT NOT NULL DEFAULT CURRENT_TIMESTAMP, PRIMARY KEY (rater, question))"
-                )
-                connection.commit()
+            with closing(sqlite3.connect(f"{file.absolute().as_uri()}?mode={mode}", uri=True, timeout=30)) as connection:
                 yield connection
         except sqlite3.Error as error:
-            raise WriteError(
-                f"{self.folder / 'answers.sqlite'} cannot be used ({error}); look at the room on its disk and your rights"
-            ) from error
+            raise WriteError(f"{file} cannot be used ({error}); look at the room on its disk and your rights") from error
+
+    def _rows(self, query: str, *values: str) -> list[tuple[Any, ...]]:
+        """None before the first answer. Nothing is written, so that a study on a read-only disk can be scored."""
+        file = self.folder / "answers.sqlite"
+        if not file.exists() or not file.stat().st_size:
+            return []
+        with self._database("rw") as connection:  # or to read only, where that is all that is allowed
+            return connection.execute(query, values).fetchall()
 
     def answer(self, rater: str, question: str, rating: int) -> None:
-        """The last answer of a rater to a question counts. Raises UsageError for a question or rating that does not exist."""
+        """The last answer of a rater to a question counts; it is on disk when this returns. Raises UsageError for a question or rating
+        that does not exist, WriteError where it cannot be kept."""
         if question not in self.by_id:
             raise UsageError(f"no question {question!r} in this study")
         if rating not in SCALE:
             raise UsageError(f"a rating is 1 to 5, not {rating}")
-        with self.database() as connection, connection:
+        with self._database("rwc") as connection, connection:
+            connection.execute("PRAGMA synchronous=EXTRA")
+            connection.execute(
+                "CREATE TABLE IF NOT EXISTS answers "
+                "(rater TEXT, question TEXT, rating INTEGER NOT NULL CHECK (rating BETWEEN 1 AND 5), "
+                "at TEXT NOT NULL DEFAULT CURRENT_TIMESTAMP, PRIMARY KEY (rater, question))"
+            )
             connection.execute(
                 "INSERT INTO answers (rater, question, rating) VALUES (?, ?, ?) "
                 "ON CONFLICT (rater, question) DO UPDATE SET rating = excluded.rating, at = CURRENT_TIMESTAMP",
@@ -110,14 +120,12 @@ class Study:
 
     def answered(self, rater: str) -> dict[str, int]:
         """Question id -> rating."""
-        with self.database() as connection:
-            return dict(connection.execute("SELECT question, rating FROM answers WHERE rater = ?", (rater,)))
+        return dict(self._rows("SELECT question, rating FROM answers WHERE rater = ?", rater))
 
     def answers(self) -> list[tuple[str, str, int]]:
         """(rater, question id, rating) of everybody."""
-        with self.database() as connection:
-            rows = connection.execute("SELECT rater, question, rating FROM answers ORDER BY rater, question").fetchall()
-        return [row for row in rows if row[1] in self.by_id]
+        rows = self._rows("SELECT rater, question, rating FROM answers ORDER BY rater, question")
+        return [(rater, question, rating) for rater, question, rating in rows if question in self.by_id]
 
 
 def create(
@@ -172,23 +180,19 @@ def score(study: Study, *, seed: int = 0) -> tuple[list[MethodScore], int, float
 
     Methods stand best first. With no answers the list is empty: nothing is made up.
     """
-    answers = study.answers()
-    raters = sorted({rater for rater, _, _ in answers})
-    items = sorted({question.item for question in study.questions})
+    import torch
+
+    from loraclr.evaluate import estimate
+
+    answers = [(rater, study.by_id[question], rating) for rater, question, rating in study.answers()]
     scores = []
-    generator = np.random.default_rng(seed)
     for method in study.methods:
-        table = np.full((len(raters), len(items)), np.nan)
-        for rater, question, rating in answers:
-            asked = study.by_id[question]
-            if asked.method == method:
-                table[raters.index(rater), items.index(asked.item)] = rating
-        count = int((~np.isnan(table)).sum())
-        if count:
-            drawn = [_mean_of_draw(table, generator) for _ in range(DRAWS)]
-            low, high = np.nanquantile(drawn, (0.025, 0.975))
-            scores.append(MethodScore(method, float(np.nanmean(table)), float(low), float(high), count))
-    return sorted(scores, key=lambda one: -one.mean), len(raters), agreement(study)
+        own = [(rater, asked.item, float(rating)) for rater, asked, rating in answers if asked.method == method]
+        if own:
+            raters, items, ratings = zip(*own, strict=True)
+            found = estimate(torch.tensor(ratings), factors=(raters, items), seed=seed)
+            scores.append(MethodScore(method, found.mean, found.low, found.high, found.count))
+    return sorted(scores, key=lambda one: -one.mean), len({rater for rater, _, _ in answers}), agreement(study)
 
 
 def agreement(study: Study) -> float | None:
@@ -205,12 +209,6 @@ def agreement(study: Study) -> float | None:
     if not paired.any() or len(np.unique(values[~np.isnan(values)])) < 2:
         return None
     return float(krippendorff.alpha(reliability_data=values, level_of_measurement="interval"))
-
-
-def _mean_of_draw(table: np.ndarray, generator: np.random.Generator) -> float:
-    rows, columns = (generator.integers(0, size, size) for size in table.shape)
-    drawn = table[np.ix_(rows, columns)]
-    return float("nan") if np.isnan(drawn).all() else float(np.nanmean(drawn))
 
 
 def _pictures(folder: Path) -> dict[str, dict[str, Path]]:
