@@ -16,7 +16,7 @@ from rows import OWN
 
 from loraclr.toybox import SIDE, open_toybox
 
-TITLES = 190  # pixels for a row's name
+TITLES = 240  # pixels for a row's name
 GAP = 4
 TABLE_ROWS = (
     "alone, edlora", "loraclr (ours)", "LoRACLR, paper", "MoS (gradient fusion)", "MoS (FedAvg)", "sum, tuned", "Orthogonal Adaptation",
