@@ -94,6 +94,16 @@ def test_bad_input_says_what_to_do_and_leaves_nothing(folders, spoil, words):
     assert not (folders / "study" / "study.json").exists()
 
 
+def test_photos_are_shown_upright(folders):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turned by a quarter
+    for method in METHODS:
+        Image.new("RGB", (16, 8)).save(folders / method / "ada" / "0.png", exif=exif)
+    study = make(folders)
+    turned = [one.picture for one in study.questions if one.item == "ada/0"]
+    assert turned and all(Image.open(study.folder / "pictures" / name).size == (8, 16) for name in turned)
+
+
 def test_answers_survive_and_the_last_one_counts(folders):
     study = make(folders)
     question = study.questions[0].id

@@ -17,12 +17,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from loraclr import disk
 from loraclr.errors import UsageError, WriteError
+from loraclr.pictures import pictures_in, read_picture
 
-PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 SCALE = (1, 2, 3, 4, 5)
 
 
@@ -216,9 +216,9 @@ def _pictures(folder: Path) -> dict[str, dict[str, Path]]:
     if not folder.is_dir():
         raise UsageError(f"{folder} is not a folder; give one that holds CONCEPT/NAME.png")
     found: dict[str, dict[str, Path]] = {}
-    for path in sorted(folder.glob("*/*")):
-        if path.suffix.lower() in PICTURES:
-            found.setdefault(path.parent.name, {})[path.stem] = path
+    for inside in sorted(path for path in folder.glob("*") if path.is_dir()):
+        for path in pictures_in(inside):
+            found.setdefault(inside.name, {})[path.stem] = path
     if not found:
         raise UsageError(f"{folder} holds no pictures: it needs CONCEPT/NAME.png")
     return found
@@ -245,11 +245,7 @@ def _opaque(rng: random.Random) -> str:
 def _copy(path: Path, folder: Path, rng: random.Random) -> str:
     """The pixels alone under a name that says nothing: a PNG's text fields would give the method away."""
     name = f"{_opaque(rng)}.png"
-    try:
-        with Image.open(path) as image:
-            plain = image.convert("RGB")
-    except (UnidentifiedImageError, OSError) as error:
-        raise UsageError(f"{path} is not a picture that can be read ({error})") from error
+    plain = read_picture(path)
     Image.frombytes("RGB", plain.size, plain.tobytes()).save(folder / "pictures" / name)
     return name
 
