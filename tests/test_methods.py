@@ -534,7 +534,7 @@ def test_what_is_missing_is_named():
         PLAIN.solve(having(statistics=LayerStats(NAME, fit)))
     with pytest.raises(MergeError, match="set preservation=0"):
         Loraclr(margin=0.0).solve(having(statistics=LayerStats(NAME, problem.statistics.fit)))
-    with pytest.raises(MergeError, match="2 numbers for 3 concepts"):
+    with pytest.raises(UsageError, match="2 numbers for 3 concepts"):
         Loraclr(importance=(1.0, 2.0)).solve(problem)
     sample = {**problem.statistics.sample, "c1": problem.statistics.sample["c1"][:4]}
     with pytest.raises(MergeError, match=r"not paired: \[20, 4, 20\]"):
