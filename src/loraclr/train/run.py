@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 import warnings
@@ -17,13 +16,14 @@ import torch
 from loraclr import __version__
 from loraclr.adapter import Adapter
 from loraclr.errors import UsageError
+from loraclr.modules import fingerprint
 from loraclr.pipeline import GUIDANCE, STEPS, Pipeline, PromptTruncationWarning
 from loraclr.train import loop
 from loraclr.train.data import Examples, Shot, digest, read_folder
 from loraclr.train.orthogonal import Orthogonal, warn_of_shared_rows
 from loraclr.train.recipe import Recipe, Words
 from loraclr.train.recipes import make_recipe
-from loraclr.train.student import Student, keys_and_values
+from loraclr.train.student import Student
 from loraclr.train.work import WorkFolder
 
 SAMPLES = 4  # pictures per sample sheet, seeds 0 to 3
@@ -74,7 +74,7 @@ def train(
         "pictures": digest(folder),
         "class pictures": None if class_folder is None else digest(class_folder),
         "templates": list(templates or recipe.templates),
-        "base": _mark(base),
+        "base": fingerprint(base.pipe, vae=True),
     }
     work_folder = None if work is None else WorkFolder(Path(work))
     if work_folder and not restart:
@@ -95,7 +95,7 @@ def train(
             stack.enter_context(work_folder.alone(anew=restart))
         prior = None
         if recipe.prior_weight:
-            class_shots = class_shots or _class_shots(base, words, recipe.prior_pictures, work_folder, tell)
+            class_shots = class_shots or _class_shots(base, settings["base"], words, recipe.prior_pictures, work_folder, tell)
             template = "a photo of a {}" if words.class_word else "a picture"
             prior = Examples(base, class_shots, templates=[template], call=words.class_word or "", flip=recipe.flip)
         student = stack.enter_context(Student(base, generator=generator, bf16=recipe.bf16, watch=watch))
@@ -208,11 +208,14 @@ def _too_long(base: Pipeline, prompts: Sequence[str], words: Words) -> list[str]
     return problems
 
 
-def _class_shots(base: Pipeline, words: Words, count: int, work: WorkFolder | None, tell: Callable[[str, float], None]) -> list[Shot]:
-    """Pictures of the class as the base draws them, seed by seed; those that it has drawn already are taken from the work folder."""
+def _class_shots(
+    base: Pipeline, mark: object, words: Words, count: int, work: WorkFolder | None, tell: Callable[[str, float], None]
+) -> list[Shot]:
+    """Pictures of the class as the base draws them, seed by seed; those that it, by its `mark`, has drawn already are taken from the work
+    folder."""
     prompt = f"a photo of a {words.class_word}"
     size = base.check_settings(seeds=[], steps=STEPS, guidance=GUIDANCE, size=None)
-    drawn_by = {"prompt": prompt, "base": _mark(base), "size": size, "scheduler": base.scheduler_name, "steps": STEPS, "guidance": GUIDANCE}
+    drawn_by = {"prompt": prompt, "base": mark, "size": size, "steps": STEPS, "guidance": GUIDANCE}
     shots = []
     for seed in range(count):
         image = None if work is None else work.class_picture(seed, drawn_by)
@@ -223,12 +226,6 @@ def _class_shots(base: Pipeline, words: Words, count: int, work: WorkFolder | No
         shots.append(Shot(image))
         tell("class pictures", (seed + 1) / count)
     return shots
-
-
-def _mark(base: Pipeline) -> str:
-    """Tells one base from another, also when a folder's content was replaced."""
-    names = keys_and_values(base)[:2]
-    return hashlib.sha256(b"".join(base.base_weight(name).float().cpu().numpy().tobytes() for name in names)).hexdigest()[:16]
 
 
 def _versions() -> dict[str, str]:
