@@ -56,6 +56,8 @@ CORE = (
     "LoRACLR, paper",
     "loraclr (ours)",
     "loraclr (ours), DB-LoRA inputs",
+    "loraclr (ours), mixed inputs",
+    "LoRACLR, paper, mixed inputs",
     "sum, tuned",
 )
 
