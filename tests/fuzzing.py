@@ -102,7 +102,8 @@ def read_picture(path: Path) -> None:
 
 def read_study(path: Path) -> None:
     study = Study(path)
-    assert sorted(one.id for one in study.order("a" * 32)) == sorted(one.id for one in study.questions) and len(study.methods) >= 0
+    assert sorted(one.id for one in study.order("a" * 32)) == sorted(one.id for one in study.questions)
+    assert set(study.methods) == {one.method for one in study.questions}
     assert study.answers() == []
 
 
