@@ -9,9 +9,8 @@ from typing import Any
 
 import typer
 
+from loraclr.cli.base import DTYPES
 from loraclr.errors import UsageError
-
-_DTYPES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 
 
 def given(context: typer.Context) -> set[str]:
@@ -56,7 +55,7 @@ def _options(settings: Mapping[str, Any], given: Set[str]) -> tuple[dict[str, An
     told: dict[str, Any] = {"base": _text(settings["base"]), "prompt": [_text(settings["prompt"])], "negative": _text(settings["negative"])}
     told |= {"steps": index(settings["steps"]), "guidance": float(settings["guidance"]), "seed": [index(settings["seed"])]}
     told |= {"size": (height, width), "scheduler": settings.get("scheduler"), "lost": False}
-    told["base_dtype"] = _DTYPES[settings.get("dtype", "float32")]
+    told["base_dtype"] = {name: option for option, name in DTYPES.items()}[settings.get("dtype", "float32")]
     told["regions"] = [Region(one["prompt"], tuple(one["box"]), one["negative"]) for one in settings.get("regions") or ()]
     if stated := settings.get("strategy"):
         told["strategy"] = make_strategy(stated["name"], {name: value for name, value in stated.items() if name != "name"})

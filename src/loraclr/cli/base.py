@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 
 SOURCE = "Base model: a diffusers folder, a checkpoint (.safetensors) or a hub id."
 Device = Annotated[str, typer.Option(help="Where to compute: auto, cuda, cuda:1, mps, cpu; auto takes the first of these that is there.")]
+DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}  # as torch calls them
 BaseDtype = Annotated[Literal["fp32", "bf16", "fp16"], typer.Option(help="Precision that the base is held and run in.")]
 Offload = Annotated[bool, typer.Option("--offload", help="Keep the base in main memory, each component on the device while it runs.")]
 BaseConfig = Annotated[
@@ -29,5 +30,4 @@ def open_base(base: str, device: str, dtype: str, *, offload: bool, config: Path
 
     from loraclr.pipeline import Pipeline
 
-    dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-    return Pipeline.load(base, device=device, dtype=dtypes[dtype], offload=offload, config=config)
+    return Pipeline.load(base, device=device, dtype=getattr(torch, DTYPES[dtype]), offload=offload, config=config)

@@ -212,7 +212,9 @@ def _show(found: Evaluation, written: Path) -> None:
 
 def _metrics(found: Evaluation, title: str) -> Table:
     """A block for each metric, a line for each row, with its differences to the base and to the first adapter."""
-    base, first, *others = [row.label for row in found.rows if row.label != "references"]
+    from loraclr.evaluate.evaluation import REFERENCES
+
+    base, first, *others = [row.label for row in found.rows if row.label != REFERENCES]
     against = [base, first] if others else [base]
     differences = {(of, to): estimates for of, to, estimates in found.differences()}
     estimates = {row.label: row.estimates() for row in found.rows}

@@ -28,8 +28,10 @@ Allow = Annotated[
     list[str],
     typer.Option(metavar="CHECK", help="Merge in spite of distilled, edit or prediction; repeatable.", show_default=False),
 ]
-QUICK = "A tenth of the passes through the UNet, in bfloat16 if the device can: for large models without GPU."
-Quick = Annotated[bool, typer.Option("--quick", help=QUICK)]
+Quick = Annotated[
+    bool,
+    typer.Option("--quick", help="A tenth of the passes through the UNet, in bfloat16 if the device can: for large models without GPU."),
+]
 FitPrompts = Annotated[
     Path | None,
     typer.Option(

@@ -16,7 +16,7 @@ from loraclr.errors import UsageError
 from loraclr.evaluate import Evaluation, FaceJudge, PictureJudge, Row, Subject, Variant, evaluate, read_prompts
 from loraclr.evaluate.evaluation import BASE
 from loraclr.evaluate.subjects import fill
-from loraclr.evaluate.trial import prepared
+from loraclr.evaluate.trial import place_of, prepared
 from loraclr.pipeline import GUIDANCE, STEPS, Pipeline
 from loraclr.settings import read_settings
 from loraclr.toybox import open_toybox
@@ -57,7 +57,7 @@ class Drawing:
                 words = subject.noun if label == BASE else subject.call
                 for number, text in enumerate(templates, start=1):
                     for seed in self.seeds:
-                        path = folder / "pictures" / label / subject.name / f"{number:02d}-{seed}.png"
+                        path = place_of(folder, label, subject.name, number, seed)
                         if path.exists() and not _holds(path, same | {"prompt": fill(text, words), "seed": seed}):
                             raise UsageError(
                                 f"{path} is there already and is not of these prompts and settings; give --pictures another folder, "

@@ -20,7 +20,7 @@ from loraclr.evaluate import metrics
 from loraclr.evaluate.evaluation import BASE, Evaluation, Row
 from loraclr.evaluate.judging import FaceJudge, known_faces
 from loraclr.evaluate.subjects import Subject, fill, read_lines
-from loraclr.evaluate.trial import SEEDS, Picture, Variant, digest_of, drawn_anew, faults, key_of, settings_of, told_of
+from loraclr.evaluate.trial import SEEDS, Picture, Variant, digest_of, drawn_anew, faults, key_of, place_of, settings_of, told_of
 from loraclr.generate import generate, parse_region
 from loraclr.pipeline import GUIDANCE, STEPS, Pipeline
 
@@ -122,9 +122,8 @@ def evaluate_scenes(
                 for number, scene in enumerate(scenes, start=1):
                     regions = scene.asked(words)
                     stated = made_by | {"regions": [[one.prompt, one.negative, *one.box] for one in regions]}
-                    folder = root / "pictures" / label / "scenes"
                     pictures = [
-                        Picture(scene.prompt, seed, key_of(stated, scene.prompt, seed), folder / f"{number:02d}-{seed}.png")
+                        Picture(scene.prompt, seed, key_of(stated, scene.prompt, seed), place_of(root, label, "scenes", number, seed))
                         for seed in seeds
                     ]
                     for _ in drawn_anew([one for one in pictures if not one.there()], partial(draw, regions=regions)):

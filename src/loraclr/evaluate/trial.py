@@ -80,7 +80,6 @@ def evaluate(
     root = Path(output)
     jobs = [(prompt, seed) for prompt in templates for seed in seeds]
     drawn, rows = 0, [] if judges is None else [judges.references(REFERENCES)]
-    shown = root / "pictures"
     labels: list[tuple[str, Variant | None]] = [*([(BASE, None)] if control else []), *wanted.items()]
     unlike = {id(adapter): adapter for variant in wanted.values() for adapter in map(variant.of, (one.name for one in subjects))}
     for each in unlike.values():
@@ -96,7 +95,7 @@ def evaluate(
                 words = subject.noun if variant is None else subject.call
                 made_by = settings | ({} if adapter is None else {"adapter": digests[id(adapter)], "scale": scale})
                 pictures = [
-                    Picture(prompt, seed, key_of(made_by, prompt, seed), shown / label / subject.name / f"{number:02d}-{seed}.png")
+                    Picture(prompt, seed, key_of(made_by, prompt, seed), place_of(root, label, subject.name, number, seed))
                     for number, prompt in enumerate((fill(text, words) for text in templates), start=1)
                     for seed in seeds
                 ]
@@ -235,6 +234,11 @@ class Picture:
 
     def keep(self, made: Generated) -> None:
         replace(made, settings={**made.settings, "evaluation": self.key}).save(self.path)
+
+
+def place_of(root: Path, label: str, concept: str, number: int, seed: int) -> Path:
+    """The file of a row's picture; prompts are numbered from 1."""
+    return root / "pictures" / label / concept / f"{number:02d}-{seed}.png"
 
 
 def drawn_anew(pictures: Sequence[Picture], draw: Callable[..., Iterator[Generated]]) -> Iterator[Picture]:

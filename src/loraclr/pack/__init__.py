@@ -232,9 +232,8 @@ class _Statistics(Mapping[str, LayerStats]):
             for kind in KINDS:
                 if (moments := held.moments(kind, layer)) is not None:
                     found[kind][name] = dataclasses.replace(moments.scaled(times), count=moments.count * times) if times > 1 else moments
-        if len({moments.width for kind in KINDS for moments in found[kind].values()}) > 1 or not found["fit"].keys() >= set(self._files) - {
-            None
-        }:
+        widths = {moments.width for kind in KINDS for moments in found[kind].values()}
+        if len(widths) > 1 or not found["fit"].keys() >= {name for name in self._files if name is not None}:
             raise FormatError(f"{self._path}: the statistics of {layer} do not belong together; a file is damaged: make the pack anew")
         fit, held_out = ({str(name): moments for name, moments in found[kind].items()} for kind in ("fit", "held_out"))
         return LayerStats(layer, fit, held_out, found["preserve"].get(None))
