@@ -211,3 +211,8 @@ def noun_of(call: str) -> str | None:
     """The class noun in a plain call: `woman` of `rhea woman`. None where the call is one word, or learned tokens."""
     words = call.split()
     return words[-1] if len(words) > 1 and not re.fullmatch(r"<.*>", words[-1]) else None
+
+
+def names_style(call: str) -> bool:
+    """Whether the words are of a style, which is said behind a picture's subject: `kalle style`, `in the style of kalle`."""
+    return "style" in call.lower().split()

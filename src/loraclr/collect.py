@@ -11,11 +11,12 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain
+from zlib import crc32
 
 import torch
 from torch import Tensor
 
-from loraclr.adapter import Adapter, Layer, LoraLayer
+from loraclr.adapter import Adapter, Layer, LoraLayer, names_style
 from loraclr.errors import UsageError
 from loraclr.modules import side_by_side
 from loraclr.pipeline import Pipeline
@@ -54,7 +55,15 @@ class Concept:
     def name(self) -> str:
         return self.adapter.name
 
+    def said(self, templates: Iterable[str]) -> list[str]:
+        """The templates with the call in place of {}. A style is said of something: "a photo of a {}" is "a photo of a dog in kalle style"."""
+        if not names_style(self.call):
+            return [template.replace("{}", self.call) for template in templates]
+        where = self.call if self.call.startswith("in ") else f"in {self.call}"
+        return [f"{template.replace('{}', SHOWN[crc32(template.encode()) % len(SHOWN)])} {where}" for template in templates]
 
+
+SHOWN = ("woman", "man", "dog", "house")  # in a style, one for each template wherever it stands
 ALL_ROWS = 1 << 31
 PRECISIONS = ("float32", "bfloat16")
 PIXELS = 512 * 512  # of the pictures that go through the UNet at once: what its passes and rows take stays small
@@ -206,12 +215,12 @@ def collect(
     with ExitStack() as stack, torch.inference_mode():
         stack.enter_context(pipeline.applied(dict(merged or {})))
         stack.enter_context(pipeline.with_tokens(tokens))
-        asked = [[t.replace("{}", concept.call) for t in templates] for concept in concepts for templates in (fit, held_out)]
+        asked = [concept.said(templates) for concept in concepts for templates in (fit, held_out)]
         said = _encoded(pipeline, [*asked, list(free)], padded=settings.padded) if stage == "keys" and not layered else None
         for concept in concepts:
             with _changed(pipeline, {} if stage == "keys" else concept.adapter.layers, names, concept.weight):  # texts come before keys
                 for kind, templates in (("fit", fit), ("held_out", held_out)):
-                    prompts = [template.replace("{}", concept.call) for template in templates]
+                    prompts = concept.said(templates)
                     recorder = _Recorder(keep, ends=ends) if kind == "fit" else _Recorder()
                     _record(pipeline, stage, names, prompts, settings, recorder, latents=LATENTS[kind], layered=layered, said=said)
                     found[kind][concept.name] = recorder.moments if scratch is None else scratch.moments(recorder.moments)

@@ -76,7 +76,8 @@ def _spatial(
         stack.enter_context(side_by_side(pipeline.modules, [(_among(concept, tallies), concept.weight) for concept in concepts]))
         stack.enter_context(pipeline.captured(list(tallies), add))
         for index, template in enumerate(settings.fit[: settings.spatial]):
-            prompts, seed = [template.replace("{}", concept.call) for concept in concepts], settings.seed + LATENTS["fit"] + index
+            prompts = [prompt for concept in concepts for prompt in concept.said([template])]
+            seed = settings.seed + LATENTS["fit"] + index
             half = settings.precision == "bfloat16"
             pipeline.run(prompts, seeds=[seed] * len(concepts), steps=settings.steps, half=half)
 

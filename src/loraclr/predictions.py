@@ -39,7 +39,7 @@ class Predictions:
         """Runs every concept's prompts once under its own adapter, all its layers at once. Conditional only."""
         self._pipeline, self._concepts = pipeline, tuple(concepts)
         templates = settings.fit[: settings.spatial]
-        self._prompts = [[template.replace("{}", concept.call) for template in templates] for concept in concepts]
+        self._prompts = [concept.said(templates) for concept in concepts]
         self._tokens = {token: rows for concept in concepts for token, rows in concept.adapter.tokens.items()}
         self._texts: tuple[dict[str, Tensor], list[Tensor]] | None = None
         seeds = [settings.seed + index for index in range(len(templates))]

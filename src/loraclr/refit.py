@@ -64,7 +64,7 @@ def refitted(
             now = {name: merged[name] for name in names}
             for concept in concepts:
                 own = {name: layer for name, layer in concept.adapter.layers.items() if name in now}
-                prompts = [template.replace("{}", concept.call) for template in settings.fit[: settings.spatial]]
+                prompts = concept.said(settings.fit[: settings.spatial])
                 found[concept.name] = _run(pipeline, block, prompts, settings, LATENTS["fit"], own, concept.weight, now)
             free = list(settings.preserve)[: settings.spatial_preserve]
             kept = _run(pipeline, block, free, settings, LATENTS["preserve"], {}, 1.0, now) if free else {}

@@ -9,7 +9,7 @@ import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
-from loraclr.adapter import Adapter
+from loraclr.adapter import Adapter, names_style
 from loraclr.formats import header
 
 LICENSE, AUTHOR, TAGS = "modelspec.license", "modelspec.author", "modelspec.tags"
@@ -40,9 +40,10 @@ def joined(adapters: Sequence[Adapter]) -> dict[str, str]:
 
 
 def prompt(calls: Sequence[str]) -> str:
-    """A prompt to begin with: the first two concepts together; empty where nothing calls them."""
+    """A prompt to begin with: the first two concepts together, or without any the first style; empty where nothing calls them."""
     called = [call for call in dict.fromkeys(calls) if call]
-    return f"a photo of {' and '.join(called[:2])}" if called else ""
+    shown = [call for call in called if not names_style(call)]
+    return f"a photo of {' and '.join(shown[:2])}" if shown else f"a picture in {called[0]}" if called else ""
 
 
 def usage(calls: Sequence[str]) -> str:
