@@ -196,6 +196,38 @@ def test_unpadded_prompts_have_their_own_tokens_only(pipeline, concepts):
     assert len(counts) == 1, "texts of different length still pair"
 
 
+@pytest.mark.parametrize(
+    ("call", "said"),
+    [
+        ("ada woman", ["a ada woman at night", "ada woman"]),
+        ("<a1> <a2>", ["a <a1> <a2> at night", "<a1> <a2>"]),
+        ("stylewoman", ["a stylewoman at night", "stylewoman"]),
+        ("kalle style", ["a dog at night in kalle style", "dog in kalle style"]),
+        ("in the Style of kalle", ["a dog at night in the Style of kalle", "dog in the Style of kalle"]),
+    ],
+)
+def test_a_style_is_said_of_something_and_everything_else_by_its_call(call, said, monkeypatch):
+    monkeypatch.setattr(sys.modules["loraclr.collect"], "SHOWN", ("dog",))
+    assert Concept(Adapter({}, name="a"), call).said(["a {} at night", "{}"]) == said
+
+
+def test_what_a_style_is_said_of_is_the_same_wherever_the_template_stands():
+    style, fit = Concept(Adapter({}, name="a"), "kalle style"), Collection().fit
+    every = style.said(fit)
+    assert len({prompt.split(" in kalle")[0].split()[-1] for prompt in every}) > 3 and len(set(every)) == len(fit)
+    assert [style.said([template])[0] for template in fit] == every
+
+
+def test_a_merge_learns_of_a_style_what_is_said_in_it(pipeline, monkeypatch):
+    person, style = three(pipeline)[:2]
+    concepts = [Concept(person, person.call), Concept(style, "ben style")]
+    monkeypatch.setattr(sys.modules["loraclr.collect"], "SHOWN", ("dog",))
+    told = collect(pipeline, concepts, [TEXT[0]], settings=dataclasses.replace(SMALL, padded=False))[TEXT[0]]
+    tokens = [sum(pipeline.token_count(prompt) for prompt in one.said(SMALL.fit)) for one in concepts]
+    counts = [told.fit[one.name].count for one in concepts]
+    assert tokens[0] != tokens[1] and counts[0] * tokens[1] == counts[1] * tokens[0]
+
+
 def test_all_rows_of_unpadded_texts_pair_variant_by_variant(pipeline, concepts):
     """What the reference method learns from: as many rows as the shortest concept has, aligned at every text's end."""
     found = collect(pipeline, concepts, TEXT, settings=dataclasses.replace(PAPER, held_out=(), preserve=()))

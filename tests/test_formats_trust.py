@@ -164,6 +164,8 @@ class TestProvenance:
     def test_what_they_do_not_agree_on_is_not_said(self):
         one, two = (mixed().with_(metadata={"modelspec.resolution": size}) for size in ("512x512", "768x768"))
         assert "modelspec.resolution" not in provenance.joined([one, two])
+        assert provenance.prompt(["kalle style", "ada man"]) == "a photo of ada man"
+        assert provenance.prompt(["kalle style"]) == "a picture in kalle style"
         assert provenance.prompt(["", ""]) == "" and provenance.usage([]) == "Strength 1."
 
 

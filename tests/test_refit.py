@@ -1,4 +1,4 @@
-"""The rounds after the first: the merged model's inputs beside those of each adapter's own run."""
+"""The rounds after the first: what the merged model misses behind a block, and the layer that makes it good."""
 
 from __future__ import annotations
 
@@ -6,19 +6,20 @@ from dataclasses import replace
 
 import pytest
 import torch
-from concepts import SMALL, fingerprint, three
+from concepts import BLOCK, DEEP, KEYS, SMALL, concept, fingerprint, three
 from problems import features, make_problem
 
-from loraclr.collect import Concept
-from loraclr.errors import FormatError, UsageError
-from loraclr.merge import _problem, merge
+from loraclr.collect import LATENTS, Concept
+from loraclr.errors import FormatError, MergeError, UsageError
+from loraclr.merge import merge
 from loraclr.methods import make_method
 from loraclr.methods.loraclr import Loraclr
 from loraclr.pipeline import Pipeline
-from loraclr.refit import _in_order, refitted
-from loraclr.statistics import Twin
+from loraclr.refit import _gap, _passes, _writers
+from loraclr.statistics import Gap
 
 SETTINGS = {"ridge": 1e-3, "preservation": 0.5, "margin": 0.0}
+WRITERS = [f"{BLOCK}.attn2.to_out.0", f"{DEEP}.ff.net.2"]  # of the adapters of concepts.py, as the UNet runs them
 
 
 @pytest.fixture(scope="module")
@@ -26,49 +27,56 @@ def shared(_tiny_original) -> Pipeline:
     return Pipeline(_tiny_original)
 
 
-def test_equal_inputs_give_the_first_rounds_optimum():
-    problem = make_problem(3)
-    kept = problem.statistics.preserve
-    twins = {name: Twin.of(x, x) for name, x in zip(problem.concepts, features(problem), strict=True)}
-    again = Loraclr(**SETTINGS, rounds=2).refit(problem, twins, Twin(kept.count, kept.gram(), kept.gram()))
-    assert torch.allclose(again.delta(), Loraclr(**SETTINGS).solve(problem).delta(), atol=1e-10)
+def spatial(result):
+    """Names of the layers that a merge solved last."""
+    return [receipt.layer for receipt in result.layers if receipt.stage == max(one.stage for one in result.layers)]
 
 
 @pytest.mark.parametrize("normalise", [True, False])
-@pytest.mark.parametrize("prior", ["zero", "mean"])
-def test_the_gradient_of_what_is_written_in_the_docs_is_zero_in_the_adapters_span(normalise, prior):
-    problem = make_problem(2)  # two of rank 2 in 8 outputs: a span of 4
+def test_the_gradient_of_what_is_written_in_the_docs_is_zero(normalise):
+    problem = make_problem(2)
     make = torch.Generator().manual_seed(1)
-    pairs = [(x, x + 0.3 * torch.randn(x.shape, generator=make, dtype=torch.float64)) for x in features(problem)]
-    free = torch.randn(30, 6, generator=make, dtype=torch.float64), torch.randn(30, 6, generator=make, dtype=torch.float64)
-    method = Loraclr(ridge=0.01, preservation=0.5, margin=0.0, importance=(1.0, 2.0), normalise=normalise, prior=prior, rounds=2)
-    twins = {name: Twin.of(*pair) for name, pair in zip(problem.concepts, pairs, strict=True)}
-    solution = method.refit(problem, twins, Twin.of(*free))
-    delta, weight = solution.delta().requires_grad_(), problem.base.double()
-    shares = [share / (20 if normalise else 1) for share in (1.0, 2.0)]
-    mu = 0.01 * sum(share * float(x.square().sum()) for share, (_, x) in zip(shares, pairs, strict=True)) / 6
-    centre = torch.zeros_like(weight) if prior == "zero" else (problem.delta(0) + problem.delta(1)) / 2
-    value = mu * (delta - centre).square().sum()
-    for index, (share, (own, merged)) in enumerate(zip(shares, pairs, strict=True)):
-        value = value + share * (merged @ (weight + delta).T - own @ (weight + problem.delta(index)).T).square().sum()
-    value = value + 0.5 * 2 / (30 if normalise else 1) * (free[1] @ (weight + delta).T - free[0] @ weight.T).square().sum()
+    rows = features(problem)
+    before = torch.randn(problem.out, problem.width, generator=make, dtype=torch.float64)
+    missing = [torch.randn(len(x), problem.out, generator=make, dtype=torch.float64) for x in rows]
+    free = [torch.randn(30, size, generator=make, dtype=torch.float64) for size in (problem.out, problem.width)]
+    method = Loraclr(ridge=0.01, preservation=0.5, margin=0.0, importance=(1.0, 2.0), normalise=normalise, rounds=2)
+    gaps = {name: Gap.of(e, x) for name, e, x in zip(problem.concepts, missing, rows, strict=True)}
+    solution = method.refit(problem, before, gaps, Gap.of(*free))
+    delta = solution.delta().requires_grad_()
+    shares = [share / (len(x) if normalise else 1) for share, x in zip((1.0, 2.0), rows, strict=True)]
+    mu = 0.01 * sum(share * float(x.square().sum()) for share, x in zip(shares, rows, strict=True)) / problem.width
+    concepts = sum(share * (e - x @ (delta - before).T).square().sum() for share, e, x in zip(shares, missing, rows, strict=True))
+    value = concepts + mu * (delta - before).square().sum()
+    value = value + 0.5 * 2 / (30 if normalise else 1) * (free[0] - free[1] @ (delta - before).T).square().sum()
     (gradient,) = torch.autograd.grad(value, delta)
-    span = torch.linalg.qr(torch.cat([up for up, _ in problem.factors], 1))[0]
-    assert (span.T @ gradient).norm() < 1e-9 * gradient.norm() and solution.diagnostics["mu"] == pytest.approx(mu)
-    assert solution.up.shape[1] == 4  # still an ordinary LoRA of the sum of the ranks
+    assert gradient.norm() < 1e-9 * delta.norm() and solution.diagnostics["mu"] == pytest.approx(mu)
+    whole = sum(share * float(e.square().sum()) for share, e in zip(shares, missing, strict=True))
+    assert solution.diagnostics["left"] == pytest.approx(float(concepts) / whole) and 0 < solution.diagnostics["left"] < 1
 
 
-def test_moments_of_two_runs_add_and_nan_is_refused():
-    x, y = torch.randn(10, 4), torch.randn(10, 4)
-    whole, parts = Twin.of(x, y), Twin.of(x[:3], y[:3]) + Twin.of(x[3:], y[3:])
-    assert whole.count == parts.count == 10
-    assert torch.allclose(whole.cross, (x.T @ y).double(), atol=1e-5) and torch.allclose(whole.cross, parts.cross)
-    assert torch.allclose(whole.square, (y.T @ y).double(), atol=1e-5) and torch.allclose(whole.square, parts.square)
-    with pytest.raises(FormatError, match="NaN"):
-        Twin.of(x, y / 0)
+def test_where_nothing_is_missing_nothing_changes():
+    problem = make_problem(3)
+    gaps = {name: Gap.of(torch.zeros(len(x), problem.out), x) for name, x in zip(problem.concepts, features(problem), strict=True)}
+    before = torch.randn(problem.out, problem.width, dtype=torch.float64)
+    found = Loraclr(**SETTINGS, rounds=2).refit(problem, before, gaps, next(iter(gaps.values())))
+    assert torch.equal(found.delta(), before) and found.diagnostics["left"] == 0
+    with pytest.raises(MergeError, match="no concept-free prompts"):
+        Loraclr(**SETTINGS, rounds=2).refit(problem, before, gaps, None)
 
 
-def test_more_rounds_change_the_last_stage_alone_and_leave_the_base(shared):
+def test_sums_of_two_runs_add_and_nan_is_refused():
+    missing, rows = torch.randn(10, 3), torch.randn(10, 4)
+    whole, parts = Gap.of(missing, rows), Gap.of(missing[:3], rows[:3]) + Gap.of(missing[3:], rows[3:])
+    assert whole.count == parts.count == 10 and whole.cross.shape == (3, 4) and whole.size == pytest.approx(parts.size)
+    assert torch.allclose(whole.cross, (missing.T @ rows).double(), atol=1e-5) and torch.allclose(whole.cross, parts.cross)
+    assert torch.allclose(whole.square, (rows.T @ rows).double(), atol=1e-5) and torch.allclose(whole.square, parts.square)
+    for wrong in ((missing / 0, rows), (missing, rows / 0)):
+        with pytest.raises(FormatError, match="NaN"):
+            Gap.of(*wrong)
+
+
+def test_more_rounds_change_the_last_layer_of_each_block_alone_and_leave_the_base(shared):
     before = fingerprint(shared)
     adapters = three(shared)
     told: list[tuple[str, float]] = []
@@ -80,13 +88,14 @@ def test_more_rounds_change_the_last_stage_alone_and_leave_the_base(shared):
         for rounds in (1, 2, 3)
     )  # fmt: skip
     assert fingerprint(shared) == before and max(share for _, share in told) == 1.0
-    last = {receipt.layer for receipt in once.layers if receipt.stage == max(r.stage for r in once.layers)}
     assert [receipt.layer for receipt in once.layers] == [receipt.layer for receipt in twice.layers]
     for name, layer in once.adapter.layers.items():
-        assert torch.equal(layer.delta(), twice.adapter.layers[name].delta()) == (name not in last)
-        assert name in last or torch.equal(layer.delta(), thrice.adapter.layers[name].delta())
-        assert layer.rank == twice.adapter.layers[name].rank
-    assert {receipt.status for receipt in twice.layers if receipt.layer in last} == {"refitted"}
+        assert torch.equal(layer.delta(), twice.adapter.layers[name].delta()) == (name not in WRITERS)
+        assert torch.equal(twice.adapter.layers[name].delta(), thrice.adapter.layers[name].delta()) == (name not in WRITERS)
+        assert twice.adapter.layers[name].rank <= sum(a.layers[name].rank for a in adapters if name in a.layers)
+    receipts = {receipt.layer: receipt for receipt in twice.layers}
+    assert {name for name, receipt in receipts.items() if receipt.status == "refitted"} == set(WRITERS)
+    assert all(0 < receipts[name].diagnostics["left"] < 1 for name in WRITERS)
 
 
 def test_one_adapter_alone_stays_what_it_is(shared):
@@ -96,43 +105,66 @@ def test_one_adapter_alone_stays_what_it_is(shared):
     assert twice.mean_residual("fit") < 1e-3
 
 
-def test_later_blocks_make_good_what_earlier_ones_missed(shared):
-    """In a block that is fitted last, the merged model's outputs are nearer to the adapters' own than those of one round."""
-    concepts = [Concept(adapter, adapter.call) for adapter in three(shared)]
-    method = Loraclr(ridge=1e-6, preservation=0.0, margin=0.0, rounds=2)
-    result = merge([c.adapter for c in concepts], base=shared, method=replace(method, rounds=1), collection=SMALL)
-    names = [receipt.layer for receipt in result.layers if receipt.stage == max(r.stage for r in result.layers)]
-    far: dict[str, list[float]] = {}
-
-    class Watching(Loraclr):
-        def refit(self, problem, twins, preserve):
-            found = super().refit(problem, twins, preserve)
-            weight = problem.base.double()
-
-            def miss(delta):
-                total = 0.0
-                for index, concept in enumerate(problem.concepts):
-                    twin, own = twins[concept], weight + problem.delta(index)
-                    ours = weight + delta
-                    total += float(((ours @ twin.square) * ours).sum() - 2 * ((own @ twin.cross) * ours).sum()) / twin.count
-                return total
-
-            far[problem.layer] = [miss(result.adapter.layers[problem.layer].delta().double().flatten(1)), miss(found.delta())]
-            return found
-
-    merged = dict(result.adapter.layers)
-    shapes = {name: tuple(shared.base_weight(name).shape) for name in names}
-    problems = {name: _problem(name, shapes, concepts, shared, None, 0) for name in names}
-    watching = Watching(ridge=1e-6, preservation=0.0, margin=0.0, rounds=2)
-    for problem, _ in refitted(shared, concepts, names, method=watching, problem=problems.__getitem__, settings=SMALL, merged=merged):
-        assert problem.layer in far
-    assert set(far) == set(names) and all(after <= before + 1e-6 * abs(before) for before, after in far.values())
+def seen_behind(pipeline, layers, place, prompts, seeds):
+    """Stock: the hidden states that `place` is given at the first step, with `layers` in the weights."""
+    found = []
+    handle = place.register_forward_pre_hook(lambda module, inputs: found.append(inputs[0].clone()))
+    with torch.inference_mode(), pipeline.applied(layers):
+        pipeline.run(prompts, seeds=seeds, steps=1)
+    handle.remove()
+    return found[0].flatten(0, 1)
 
 
-def test_blocks_are_visited_as_the_unet_runs(shared):
-    names = [name for adapter in three(shared) for name in adapter.layers if name.startswith("unet.")]
-    order = [name.split(".")[1] for name in _in_order(shared, sorted(set(names)))]
-    assert order == sorted(order, key=["down_blocks", "mid_block", "up_blocks"].index)
+def test_a_gap_is_what_the_hidden_states_behind_the_layer_lack(shared):
+    """One step: from the same noise, one model after the other, with the changes in the weights."""
+    adapters = three(shared)
+    merged = dict(merge(adapters, base=shared, collection=SMALL).adapter.layers)
+    names = [name for name in merged if name.startswith("unet.") and name not in KEYS]
+    one, settings = Concept(adapters[0], adapters[0].call), replace(SMALL, steps=1, padded=False)
+    earlier = {name: layer for name, layer in merged.items() if name not in names}
+    own = {name: layer for name, layer in one.adapter.layers.items() if name in names}
+    prompts = one.said(SMALL.fit)
+    with shared.with_tokens({token: rows for a in adapters for token, rows in a.tokens.items()}):
+        with torch.inference_mode(), shared.applied(earlier):
+            passes = _passes(shared, prompts, settings, LATENTS["fit"], (own, 1.0))
+            writer = _writers(shared, names)[0]
+            gap = _gap(shared, writer, passes, (own, 1.0), {name: merged[name] for name in names})
+        seeds = [LATENTS["fit"] + index for index in range(len(prompts))]
+        theirs, ours = (seen_behind(shared, layers, writer.behind, prompts, seeds) for layers in ({**earlier, **own}, merged))
+    assert writer.layer == WRITERS[0]
+    assert gap.count == len(ours) and gap.size == pytest.approx(float((theirs - ours).square().sum()), rel=1e-3)
+
+
+def test_what_is_missing_behind_the_last_block_shrinks(shared):
+    adapters = three(shared)
+    concepts = [Concept(adapter, adapter.call) for adapter in adapters]
+    method = Loraclr(ridge=1e-6, preservation=0.0, margin=0.0)
+    left = {}
+    for rounds in (1, 2):
+        merged = dict(merge(adapters, base=shared, method=replace(method, rounds=rounds), collection=SMALL).adapter.layers)
+        names = [name for name in merged if name.startswith("unet.") and name not in KEYS]
+        earlier = {name: layer for name, layer in merged.items() if name not in names}
+        tokens = {token: rows for a in adapters for token, rows in a.tokens.items()}
+        with torch.inference_mode(), shared.applied(earlier), shared.with_tokens(tokens):
+            last = _writers(shared, names)[-1]
+            for one in concepts:
+                own = {name: layer for name, layer in one.adapter.layers.items() if name in names}, 1.0
+                passes = _passes(shared, one.said(SMALL.fit), SMALL, LATENTS["fit"], own)
+                left[rounds, one.name] = _gap(shared, last, passes, own, {name: merged[name] for name in names}).size
+    assert sum(left[2, one.name] for one in concepts) < 0.9 * sum(left[1, one.name] for one in concepts)
+
+
+def test_the_last_adapted_layer_of_each_block_is_fitted_as_the_unet_runs(shared):
+    every = [f"{place}.{own}" for place in (DEEP, BLOCK) for own in ("attn1.to_out.0", "attn2.to_out.0", "ff.net.2", "attn2.to_q")]
+    with torch.inference_mode():
+        assert [one.layer for one in _writers(shared, every)] == [f"{BLOCK}.ff.net.2", f"{DEEP}.ff.net.2"]
+        assert [one.layer for one in _writers(shared, every[:2])] == [f"{DEEP}.attn2.to_out.0"]
+
+
+def test_adapters_that_add_nothing_to_a_block_are_told_so(shared):
+    adapter = concept(shared, "ada", [f"{BLOCK}.attn1.to_q"], rank=2, seed=1, triggers=("ada woman",))
+    with pytest.raises(UsageError, match=r"attn2\.to_out.*leave rounds out"):
+        merge([adapter], base=shared, method=make_method("loraclr", rounds=2), collection=SMALL)
 
 
 @pytest.mark.parametrize("settings", [{"choose": "held_out"}, {"balance": True}, {"penalty": 1e-3}, {"certificate": "exact"}])

@@ -56,7 +56,7 @@ class Concept:
         return self.adapter.name
 
     def said(self, templates: Iterable[str]) -> list[str]:
-        """The templates with the call in place of {}. A style is said of something: "a photo of a {}" is "a photo of a dog in kalle style"."""
+        """The templates with the call in place of {}. A style is said of something: "a {} at night" is "a dog at night in kalle style"."""
         if not names_style(self.call):
             return [template.replace("{}", self.call) for template in templates]
         where = self.call if self.call.startswith("in ") else f"in {self.call}"

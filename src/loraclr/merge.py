@@ -292,7 +292,7 @@ def merge(
             pairs = settled(base, concepts, pairs, settings=settings, merged=merged)
             spent = time.perf_counter() - second
             seconds["certify"], began = seconds.get("certify", 0.0) + spent, began + spent
-        if base is not None and isinstance(solver, Refits) and "twins" in solver.needs and stage_of(base, names) == "spatial":
+        if base is not None and isinstance(solver, Refits) and "gaps" in solver.needs and stage_of(base, names) == "spatial":
             again = refitted(
                 base, concepts, names, method=solver, problem=problem_of, settings=settings, merged=merged, progress=progress
             )  # fmt: skip

@@ -1,30 +1,34 @@
-"""The denoiser's layers once more, block after block: what the merged model sees there, beside what each adapter alone sees.
+"""The denoiser's blocks once more: what the merged model misses behind each of them is made good by the block's last layer.
 
-`collect` runs a concept with its own adapter in the whole stage. The merged model's inputs are others: each of its layers is a compromise,
-and every layer behind it starts from there. Here the blocks are visited in the order in which the denoiser runs them, each with all that is
-merged before it, and a method may make good what those missed. Both runs share one batch and one latent: its first half goes through the
-concept's own layers, its second through the merged ones.
+`collect` runs a concept with its own adapter in the whole stage. In the merged model every layer is a compromise, and what it misses is a
+part of the next one's input. Here transformer blocks are visited in the order in which the denoiser runs them, each with all that is
+merged before it. A concept's own layers and the merged ones see the same latents, those of the own run, in one batch; behind a block the
+two hidden states differ by all that was missed on the way. The last adapted layer of the block that is added to them learns to add the
+difference, too.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import ExitStack, contextmanager
-from itertools import groupby
+from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
+from loraclr import loading
 from loraclr.adapter import Layer
 from loraclr.collect import LATENTS, Collection, Concept, portions
+from loraclr.conditioning import conditioned
+from loraclr.errors import UsageError
 from loraclr.methods.problem import LayerProblem, LayerSolution
-from loraclr.modules import side_by_side
+from loraclr.modules import canonical, rows, side_by_side
 from loraclr.pipeline import Pipeline
-from loraclr.statistics import Twin
+from loraclr.statistics import Gap
 
-BLOCK = re.compile(r".*blocks\.\d+")  # as far as it reaches: one block is fitted at once
+Changes = tuple[Mapping[str, Layer], float]  # and their weight
+Pass = tuple[tuple[Any, ...], dict[str, Any]]  # what the denoiser was called with
 
 
 @runtime_checkable
@@ -34,7 +38,17 @@ class Refits(Protocol):
     @property
     def rounds(self) -> int: ...
 
-    def refit(self, problem: LayerProblem, twins: Mapping[str, Twin], preserve: Twin | None) -> LayerSolution: ...
+    def refit(self, problem: LayerProblem, before: Tensor, gaps: Mapping[str, Gap], preserve: Gap | None) -> LayerSolution: ...
+
+
+@dataclass(frozen=True, eq=False)
+class Writer:
+    """A layer whose output is added to the hidden states of a block, and where these are seen next."""
+
+    layer: str
+    module: nn.Module
+    behind: nn.Module
+    whole: bool  # they are what `behind` gives; else what it is given
 
 
 def refitted(
@@ -48,102 +62,126 @@ def refitted(
     merged: MutableMapping[str, Layer],
     progress: Callable[[str, float], None] | None = None,
 ) -> Iterator[tuple[LayerProblem, LayerSolution]]:
-    """The layers `names` of one stage, solved anew in forward order, once for every round after the first.
+    """One layer of each block, solved anew in forward order, once for every round after the first; `names` are the stage's layers.
 
     `merged` has all layers of this and of earlier stages, and is read anew for every block: whoever takes a solution puts it there before
-    asking for the next. `settings` are those of the collection; held-out prompts are not run.
+    asking for the next. `settings` are those of the collection; held-out prompts are not run. Raises UsageError where no adapter
+    changes a layer that a block adds to its hidden states.
     """
     earlier = {name: layer for name, layer in merged.items() if name not in set(names)}
     tokens = {token: rows for concept in concepts for token, rows in concept.adapter.tokens.items()}
-    with torch.inference_mode(), pipeline.applied(earlier), pipeline.with_tokens(tokens):
-        blocks = [list(block) for _, block in groupby(_in_order(pipeline, names), _block)]
-    visits = blocks * (method.rounds - 1)
-    for index, block in enumerate(visits):
-        found: dict[str, dict[str, Twin]] = {}
+
+    @contextmanager
+    def prepared() -> Iterator[None]:
         with torch.inference_mode(), pipeline.applied(earlier), pipeline.with_tokens(tokens):
-            now = {name: merged[name] for name in names}
-            for concept in concepts:
-                own = {name: layer for name, layer in concept.adapter.layers.items() if name in now}
-                prompts = concept.said(settings.fit[: settings.spatial])
-                found[concept.name] = _run(pipeline, block, prompts, settings, LATENTS["fit"], own, concept.weight, now)
-            free = list(settings.preserve)[: settings.spatial_preserve]
-            kept = _run(pipeline, block, free, settings, LATENTS["preserve"], {}, 1.0, now) if free else {}
-        for name in block:
-            one = problem(name)
-            yield one, method.refit(one, {concept: twins[name] for concept, twins in found.items()}, kept.get(name))
+            yield
+
+    runs: dict[str | None, tuple[Changes, list[Pass]]] = {}  # by concept; None: prompts without any
+    with prepared():
+        visits = _writers(pipeline, names) * (method.rounds - 1)
+        for concept in concepts:
+            own = {name: layer for name, layer in concept.adapter.layers.items() if name in set(names)}, concept.weight
+            runs[concept.name] = own, _passes(pipeline, concept.said(settings.fit[: settings.spatial]), settings, LATENTS["fit"], own)
+        if free := list(settings.preserve)[: settings.spatial_preserve]:
+            runs[None] = ({}, 1.0), _passes(pipeline, free, settings, LATENTS["preserve"], ({}, 1.0))
+    for index, writer in enumerate(visits):
+        now = {name: merged[name] for name in names}
+        with prepared(), loading.half(pipeline.device, settings.precision == "bfloat16"):
+            gaps = {name: _gap(pipeline, writer, passes, own, now) for name, (own, passes) in runs.items()}
+        one, before = problem(writer.layer), merged[writer.layer].delta().double().flatten(1)
+        yield one, method.refit(one, before, {name: gap for name, gap in gaps.items() if name is not None}, gaps.get(None))
         if progress:
-            progress("fitting block after block to the merged model", (index + 1) / len(visits))
+            progress("catching up with the adapters, block after block", (index + 1) / len(visits))
 
 
-def _in_order(pipeline: Pipeline, names: Sequence[str]) -> list[str]:
-    """`names` as the denoiser comes to them."""
-    seen: dict[str, None] = {}
-    with pipeline.captured(names, lambda name, rows: seen.setdefault(name)):
+def _writers(pipeline: Pipeline, names: Sequence[str]) -> list[Writer]:
+    """The last layer among `names` of each block that is added to its hidden states, in the order in which the denoiser runs them."""
+    from diffusers.models.attention import BasicTransformerBlock
+
+    found: dict[str, Writer] = {}
+    for path, block in pipeline.unet.named_modules():
+        if isinstance(block, BasicTransformerBlock) and block.norm_type == "layer_norm":
+            after_first = block.norm3 if block.attn2 is None else block.norm2
+            places = {"attn1.to_out.0": (after_first, False), "attn2.to_out.0": (block.norm3, False), "ff.net.2": (block, True)}
+            for own, (behind, whole) in places.items():
+                if (name := canonical("unet", f"{path}.{own}")) in names:
+                    found[path] = Writer(name, block.get_submodule(own), behind, whole)
+    if not found:
+        raise UsageError(
+            "rounds: none of these adapters changes a layer that a UNet's blocks add to their hidden states (attn1.to_out, attn2.to_out, "
+            "ff.net.2), which is where a further round makes good what is missing; leave rounds out"
+        )
+    order: dict[str, None] = {}
+    with pipeline.captured([writer.layer for writer in found.values()], lambda name, rows: order.setdefault(name)):
         pipeline.run([""], seeds=[0], steps=1)
-    return list(seen)
+    by_layer = {writer.layer: writer for writer in found.values()}
+    return [by_layer[name] for name in order]
 
 
-def _block(name: str) -> str:
-    found = BLOCK.match(name)
-    return found[0] if found else name
+def _passes(pipeline: Pipeline, prompts: list[str], settings: Collection, latents: int, own: Changes) -> list[Pass]:
+    """What the denoiser is called with when it draws these prompts by a concept's own layers."""
+    seen: list[Pass] = []
 
+    def see(module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
+        seen.append((inputs, named))
 
-def _run(
-    pipeline: Pipeline,
-    names: Sequence[str],
-    prompts: list[str],
-    settings: Collection,
-    latents: int,
-    own: Mapping[str, Layer],
-    weight: float,
-    merged: Mapping[str, Layer],
-) -> dict[str, Twin]:
-    sums = _Sums()
-    for portion in portions(pipeline, prompts, copies=2):
-        said, seeds = [prompts[index] for index in portion], [settings.seed + latents + index for index in portion]
-        with ExitStack() as stack:
-            stack.enter_context(one_latent(pipeline.unet))
-            stack.enter_context(side_by_side(pipeline.modules, [(own, weight), (merged, 1.0)]))
-            stack.enter_context(pipeline.captured(names, sums.add))
-            pipeline.run(said * 2, seeds=seeds * 2, steps=settings.steps, half=settings.precision == "bfloat16")
-    return sums.twins()
-
-
-@contextmanager
-def one_latent(denoiser: nn.Module) -> Iterator[None]:
-    """Inside, the second half of every batch starts from the first half's latents."""
-
-    def copy(module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        def doubled(latents: Tensor) -> Tensor:
-            return torch.cat([latents.chunk(2)[0]] * 2)
-
-        if inputs:
-            return (doubled(inputs[0]), *inputs[1:]), named
-        key = next(key for key in ("sample", "hidden_states") if key in named)
-        return inputs, {**named, key: doubled(named[key])}
-
-    handle = denoiser.register_forward_pre_hook(copy, with_kwargs=True)
+    handle = pipeline.unet.register_forward_pre_hook(see, with_kwargs=True)
     try:
-        yield
+        with side_by_side(pipeline.modules, [own]):
+            for portion in portions(pipeline, prompts, copies=2):
+                said, seeds = [prompts[index] for index in portion], [settings.seed + latents + index for index in portion]
+                pipeline.run(said, seeds=seeds, steps=settings.steps, half=settings.precision == "bfloat16")
     finally:
         handle.remove()
+    return seen
 
 
-class _Sums:
-    """Twins of a run's layers; those that are handed the very same rows share one."""
+class _SeenError(Exception):
+    """Ends a pass behind the layer of interest."""
 
-    def __init__(self) -> None:
-        self._sums: dict[str, Twin] = {}
-        self._shares: dict[str, str] = {}  # layer -> the first one that is handed the same rows
-        self._last: tuple[Tensor, str] | None = None
 
-    def add(self, name: str, rows: Tensor) -> None:
-        if self._last is not None and self._last[0] is rows:
-            self._shares[name] = self._last[1]
-            return
-        self._last, self._shares[name] = (rows, name), name
-        twin = Twin.of(*rows.chunk(2))
-        self._sums[name] = self._sums[name] + twin if name in self._sums else twin
+def _gap(pipeline: Pipeline, writer: Writer, passes: Sequence[Pass], own: Changes, merged: Mapping[str, Layer]) -> Gap:
+    """Over all passes: what the writer is given in the merged model, and what the hidden states behind it lack."""
+    total: list[Gap] = []
+    given: list[Tensor] = []
 
-    def twins(self) -> dict[str, Twin]:
-        return {name: self._sums[first] for name, first in self._shares.items()}
+    def take(module: nn.Module, inputs: tuple[Any, ...]) -> None:
+        given[:] = [inputs[0]]
+
+    def compare(hidden: Tensor) -> None:
+        (theirs, ours), x = hidden.float().chunk(2), given[0].chunk(2)[1]
+        gap = Gap.of((theirs - ours).flatten(0, -2), rows(writer.module, x))
+        total[:] = [gap + total[0] if total else gap]
+        raise _SeenError
+
+    def before(module: nn.Module, inputs: tuple[Any, ...]) -> None:
+        compare(inputs[0])
+
+    def after(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
+        compare(output)
+
+    with ExitStack() as stack:
+        stack.enter_context(side_by_side(pipeline.modules, [own, (merged, 1.0)]))
+        stack.callback(writer.module.register_forward_pre_hook(take).remove)
+        behind = writer.behind
+        stack.callback((behind.register_forward_hook(after) if writer.whole else behind.register_forward_pre_hook(before)).remove)
+        for inputs, named in passes:
+            latents = inputs[0] if inputs else named["sample"]
+            twice, twice_named = _twice(inputs, len(latents)), _twice(named, len(latents))
+            layered = named["encoder_hidden_states"].ndim == 4
+            attentions = [pipeline.unet.get_submodule(path) for path in pipeline.cross_attention_layers] if layered else []
+            try:
+                with conditioned(attentions, latent=(latents.shape[2], latents.shape[3])):
+                    pipeline.unet(*twice, **twice_named)
+            except _SeenError:
+                pass
+    return total[0]
+
+
+def _twice(given: Any, batch: int) -> Any:
+    """The same with every batch of tensors in it twice."""
+    if isinstance(given, dict):
+        return {key: _twice(value, batch) for key, value in given.items()}
+    if isinstance(given, tuple | list):
+        return type(given)(_twice(value, batch) for value in given)
+    return torch.cat([given, given]) if isinstance(given, Tensor) and given.ndim and len(given) == batch else given

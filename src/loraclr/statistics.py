@@ -144,23 +144,26 @@ class HalfMoments(Moments):
 
 
 @dataclass(frozen=True, eq=False)
-class Twin:
-    """A layer's inputs X in one run beside its inputs X' in another, row for row: `square` X'^T X' and `cross` X^T X', (in, in) float64."""
+class Gap:
+    """What is missing behind a layer, E (count, out), beside the layer's inputs X' (count, in), row for row, as sums in float64:
+    `square` X'^T X', `cross` E^T X', `size` the sum of all squares of E."""
 
     count: int
     square: Tensor
     cross: Tensor
+    size: float
 
     @staticmethod
-    def of(rows: Tensor, others: Tensor) -> Twin:
-        """Of X and X', both (count, in) of any float type. Raises FormatError on NaN or infinity."""
-        if not bool(torch.isfinite(rows).all() and torch.isfinite(others).all()):
+    def of(missing: Tensor, rows: Tensor) -> Gap:
+        """Of E and X', of any float type. Raises FormatError on NaN or infinity."""
+        if not bool(torch.isfinite(missing).all() and torch.isfinite(rows).all()):
             raise FormatError("features hold NaN or infinity: run the base in float32")
-        rows, others = rows.detach().double(), others.detach().double()
-        return Twin(len(rows), linalg.gram(others).cpu(), (rows.T @ others).cpu())
+        missing, rows = (part.detach() if part.device.type != "mps" else part.detach().cpu() for part in (missing, rows))  # no float64
+        missing, rows = missing.double(), rows.double()
+        return Gap(len(rows), linalg.gram(rows).cpu(), (missing.T @ rows).cpu(), float(missing.square().sum()))
 
-    def __add__(self, other: Twin) -> Twin:
-        return Twin(self.count + other.count, self.square + other.square, self.cross + other.cross)
+    def __add__(self, other: Gap) -> Gap:
+        return Gap(self.count + other.count, self.square + other.square, self.cross + other.cross, self.size + other.size)
 
 
 @dataclass(frozen=True, eq=False)

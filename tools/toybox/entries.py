@@ -43,6 +43,9 @@ TABLE = {
     "loraclr (ours)": Entry("edlora", "loraclr"),
     "loraclr (ours), DB-LoRA inputs": Entry("lora", "loraclr"),
     "loraclr (ours), mixed inputs": Entry("wild", "loraclr"),
+    "loraclr (ours), 2 rounds": Entry("edlora", "loraclr", {"rounds": 2}),
+    "loraclr (ours), 2 rounds, DB-LoRA inputs": Entry("lora", "loraclr", {"rounds": 2}),
+    "loraclr (ours), 2 rounds, mixed inputs": Entry("wild", "loraclr", {"rounds": 2}),
     "LoRACLR, paper, mixed inputs": Entry("wild", "loraclr-reference:paper"),
     "average, mixed inputs": Entry("wild", "average"),
     "sum, tuned": Entry("edlora", "sum", TUNED["sum"]),
@@ -57,6 +60,7 @@ CORE = (
     "loraclr (ours)",
     "loraclr (ours), DB-LoRA inputs",
     "loraclr (ours), mixed inputs",
+    "loraclr (ours), 2 rounds, DB-LoRA inputs",
     "LoRACLR, paper, mixed inputs",
     "sum, tuned",
 )
@@ -133,6 +137,7 @@ MIXTURES: Mapping[str, tuple[str, Entry]] = {
     "the base, class words": ("base", Entry("wild", "none")),
     "own adapters, a style's added": ("alone", Entry("wild", "none")),
     "loraclr (ours)": ("merged", Entry("wild", "loraclr")),
+    "loraclr (ours), 2 rounds": ("merged", Entry("wild", "loraclr", {"rounds": 2})),
     "LoRACLR, paper": ("merged", Entry("wild", "loraclr-reference:paper")),
     "average": ("merged", Entry("wild", "average")),
 }

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from loraclr.adapter import Adapter, Layer
 from loraclr.modules import side_by_side
 from loraclr.pipeline import Pipeline
-from loraclr.refit import one_latent
 
 PROMPTS = (
     "a photo of a {} at night", "a picture of a {} wearing a blue hoodie in a field", "a smiling {} next to a chair",
@@ -52,3 +51,17 @@ def _apart(
         stack.callback(pipeline.unet.register_forward_hook(see).remove)
         pipeline.run([*prompts, *prompts], seeds=[SEED + k for k in range(len(prompts))] * 2, steps=STEPS)
     return torch.stack(seen).sum()
+
+
+@contextmanager
+def one_latent(denoiser: nn.Module) -> Iterator[None]:
+    """Inside, the second half of every batch starts from the first half's latents."""
+
+    def copy(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return (torch.cat([inputs[0].chunk(2)[0]] * 2), *inputs[1:])
+
+    handle = denoiser.register_forward_pre_hook(copy)
+    try:
+        yield
+    finally:
+        handle.remove()

@@ -117,10 +117,9 @@ def settings() -> dict[str, Setting]:
     rows["bfloat16 passes"] = Setting(collection=replace(usual, precision="bfloat16"))
     rows["as --quick, in float32"] = Setting(collection=replace(QUICK, precision="float32"))
     rows["all of --quick"] = Setting(collection=QUICK)
-    rows["2 rounds"] = Setting(parameters={"rounds": 2})
-    for spatial, preservation in ((8, 1.0), (8, 3.0), (24, 1.0)):
-        label = f"2 rounds, {spatial} of the prompts through the UNet, preservation {preservation:g}"
-        rows[label] = Setting(parameters={"rounds": 2, "preservation": preservation}, collection=replace(usual, spatial=spatial))
+    for rounds in (2, 3):
+        rows[f"{rounds} rounds"] = Setting(parameters={"rounds": rounds})
+    rows["2 rounds, ridge 0.01"] = Setting(parameters={"rounds": 2, "ridge": 1e-2})
     for stage in STAGES:
         rows[f"only {stage}, own adapter for the rest"] = Setting(merged=(stage,), rest="own")
     for kinds in SPATIAL:

@@ -17,7 +17,7 @@ from loraclr.methods.contrast import Contrast, active, refine
 from loraclr.methods.options import Checked, Option
 from loraclr.methods.problem import Claim, Distances, LayerProblem, LayerSolution
 from loraclr.methods.quadratic import Quadratic
-from loraclr.statistics import Twin
+from loraclr.statistics import Gap
 
 FEW = 16  # paired rows that the certificate is tried on first
 LADDER = (1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1000.0)  # what `choose` tries, times `ridge`
@@ -65,7 +65,7 @@ class Loraclr(Checked):
         Literal["bound", "exact"], Option("judge the hinge on the paired rows that were kept, or on all rows in a second pass")
     ] = "bound"
     rounds: Annotated[
-        int, Option("2 and more: fit the UNet's blocks again, one after the other, to what the merged model sees there; slower", 1)
+        int, Option("2 and more: go through the UNet's blocks again, each making good what is missing behind it; slower, more identity", 1)
     ] = 1
 
     name: ClassVar[str] = "loraclr"
@@ -83,7 +83,7 @@ class Loraclr(Checked):
     def needs(self) -> frozenset[str]:
         hinge = {"sample", "base"} if self.space == "output" else {"sample"}
         exact = {"lockstep"} if self.certificate == "exact" else set()
-        again = {"twins", "base"} if self.rounds > 1 else set()
+        again = {"gaps"} if self.rounds > 1 else set()
         return frozenset(
             {"statistics"}
             | again
@@ -143,43 +143,37 @@ class Loraclr(Checked):
 
         return replace(solution, claim=Claim(self.space, tuple((quadratic.up, one.v) for one in outcomes), settle))
 
-    def refit(self, problem: LayerProblem, twins: Mapping[str, Twin], preserve: Twin | None) -> LayerSolution:
-        """The least of sum_i a_i ||X'_i (W + D)^T - X_i (W + D_i)^T||^2 + N w ||X'_0 (W + D)^T - X_0 W^T||^2 + mu ||D - P||^2 over D in the
-        adapters' span: X' are the merged model's inputs, X those of the adapter's own run (of the base's, for i = 0). With X' = X it is
-        the objective above without its hinge.
+    def refit(self, problem: LayerProblem, before: Tensor, gaps: Mapping[str, Gap], preserve: Gap | None) -> LayerSolution:
+        """The least of sum_i a_i ||E_i - X'_i (D - B)^T||^2 + N w ||E_0 - X'_0 (D - B)^T||^2 + mu ||D - B||^2 over D, dense (out, in).
+
+        B is the change `before`, X' are the merged model's inputs, E what the hidden states behind the layer lack of those of the adapter's
+        own run (of the base's, for i = 0). `left` says how much of the concepts' sum_i a_i ||E_i||^2 is then still missing.
         """
-        assert problem.base is not None
-        number, weight = len(problem.concepts), problem.base.to(torch.float64)
+        number = len(problem.concepts)
         shares = [
-            (self.importance[index] if self.importance else 1.0) / (twins[concept].count if self.normalise else 1)
+            (self.importance[index] if self.importance else 1.0) / (gaps[concept].count if self.normalise else 1)
             for index, concept in enumerate(problem.concepts)
         ]
-        runs = [twins[concept] for concept in problem.concepts]
-        square = sum((share * run.square for share, run in zip(shares, runs, strict=True)), torch.zeros(()))
+        weighed = list(zip(shares, (gaps[concept] for concept in problem.concepts), strict=True))
+        square = seen = sum((share * gap.square for share, gap in weighed), torch.zeros(()))
+        right = wanted = sum((share * gap.cross for share, gap in weighed), torch.zeros(()))
         mu = self.ridge * float(square.trace()) / problem.width
-        ups, downs = zip(*problem.factors, strict=True)
-        basis = linalg.span(torch.cat(ups, 1))
-        inside = basis.T @ weight
-        right = torch.zeros_like(inside)
-        for share, run, up, down in zip(shares, runs, ups, downs, strict=True):
-            right += share * ((basis.T @ up) @ (down @ run.cross) + inside @ (run.cross - run.square))
         if self.preservation > 0:
             if preserve is None:
                 raise MergeError(f"{problem.layer}: no concept-free prompts were run; collect some, or set preservation=0")
             share = self.preservation * number / (preserve.count if self.normalise else 1)
-            square = square + share * preserve.square
-            right += share * (inside @ (preserve.cross - preserve.square))
-        if self.prior == "mean":
-            right += mu * sum(((basis.T @ up) @ down for up, down in zip(ups, downs, strict=True)), torch.zeros(())) / number
-        solution = LayerSolution.of_factors(
-            basis,
-            linalg.ridge_solve(right, square, mu),
-            status="refitted",
-            rows=sum(run.count for run in runs),
-            in_features=problem.width,
-            mu=mu,
-        )
-        return replace(solution, metric=lambda: square + mu * torch.eye(problem.width, dtype=torch.float64))
+            square, right = square + share * preserve.square, right + share * preserve.cross
+        more = linalg.ridge_solve(right, square, mu)
+        missing = sum(share * gap.size for share, gap in weighed)
+        left = missing - 2 * float((wanted * more).sum()) + float(((more @ seen) * more).sum())
+        notes: dict[str, float | str | bool] = {
+            "rows": sum(gap.count for _, gap in weighed),
+            "in_features": problem.width,
+            "mu": mu,
+            "left": left / missing if missing > 0 else 0.0,
+        }
+        metric = square + mu * torch.eye(problem.width, dtype=torch.float64)
+        return LayerSolution(change=before + more, status="refitted", diagnostics=notes, metric=lambda: metric)
 
     def _quadratic(self, problem: LayerProblem) -> Quadratic:
         return Quadratic.of(

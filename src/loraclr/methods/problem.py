@@ -194,7 +194,7 @@ NEEDS: Mapping[str, str] = MappingProxyType(
         "held_out": "the same on held-out prompts",
         "preserve": "statistics of concept-free prompts",
         "predictions": "the model's noise predictions under each adapter (Stable Diffusion 1 and 2 only)",
-        "twins": "what each layer sees in the merged model, beside each adapter's own run",
+        "gaps": "what the merged model misses behind each block, beside each adapter's own run",
         "lockstep": "exact distances between all concepts, from a second pass that runs them side by side",
         "score": "a score of yours, if you have one",
         "generator": "a seed",
