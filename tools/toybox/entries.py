@@ -24,6 +24,7 @@ class Entry:
     names: tuple[str, ...] = ()
     prompts: int = 20  # of the twenty, evenly spaced
     paper: tuple[float, ...] = ()  # text, image, identity: single and merged each, as published
+    split: str = SPLIT
 
     @property
     def needs_statistics(self) -> bool:

@@ -7,6 +7,7 @@ own files. Merges and pictures are kept in --work, finished rows in OUT.json, wh
 by what made them: files, settings, prompts, seeds, base and judges, but not the code. After a change of code give another --work.
 
     core                the table's rows that most people want to know; without any entry all of them
+    --split development the same of the identities that choices are made on
     --figure counts     Fig. 5: 2, 5 and 8 concepts in three orders; all twelve are rows of the table
     --figure margins    Fig. 8: margin and lambda
     --figure inputs     adapters trained half and a quarter as long: LORAS/half/RECIPE/test, LORAS/quarter/RECIPE/test
@@ -101,7 +102,7 @@ class Bench:
         return dict(every[:: len(every) // entry.prompts])
 
     def names(self, entry: Entry) -> list[str]:
-        return list(entry.names) or self.box.names(SPLIT)
+        return list(entry.names) or self.box.names(entry.split)
 
     def files(self, entry: Entry) -> dict[str, Path]:
         if entry.recipe == "wild":
@@ -227,7 +228,7 @@ def rows(entries: Mapping[str, Entry]) -> dict[str, tuple[str, Entry]]:
     found: dict[str, tuple[str, Entry]] = {}
     most = max((entry.names for entry in entries.values() if entry.recipe == BULK), key=len, default=())
     for entry in entries.values():
-        whole = Entry(entry.recipe, "none", names=most, prompts=entry.prompts)
+        whole = Entry(entry.recipe, "none", names=most, prompts=entry.prompts, split=entry.split)
         found.setdefault("base, class word", ("base", whole))
         found.setdefault(f"alone, {entry.recipe}", ("alone", whole))
         if entry.recipe in CONTROLLED:
@@ -257,9 +258,9 @@ def draw_row(loras: Path, work: Path, seeds: int, label: str, kind: str, entry: 
     variant, calls, notes = variant_of(bench, kind, entry)
     began = time.process_time()
     prompts = bench.prompts(entry)
-    row = bench.draw(label, variant, bench.subjects(calls), prompts)
+    row = bench.draw(label if entry.split == SPLIT else f"{entry.split} {label}", variant, bench.subjects(calls), prompts)
     drawn = {"concepts": list(calls), "prompts": len(prompts), "seeds": seeds}
-    told = {"kind": kind, "recipe": entry.recipe, "method": entry.method, "parameters": dict(entry.parameters)}
+    told = {"kind": kind, "recipe": entry.recipe, "method": entry.method, "parameters": dict(entry.parameters), "split": entry.split}
     values = {name: rounded(row.values[name]) for name in MEASURES if name in row.values}
     return {**told, **drawn, **notes, "drawing_seconds": round(time.process_time() - began, 1), "values": values}
 
@@ -340,7 +341,8 @@ def checked(loras: Path, work: Path, known: Known, count: int, seed: int) -> Ite
     for label in rng.sample(sorted(known), min(len(known), math.ceil(count / 8))):
         row = known[label]
         bench = Bench(loras, work, row["seeds"])
-        entry = Entry(row["recipe"], row["method"], row["parameters"], tuple(row["concepts"]), row["prompts"])
+        split = row.get("split", SPLIT)
+        entry = Entry(row["recipe"], row["method"], row["parameters"], tuple(row["concepts"]), row["prompts"], split=split)
         variant, calls, _ = variant_of(bench, row["kind"], entry)
         prompts = bench.prompts(entry)
         order = list(prompts)
@@ -360,6 +362,7 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("entries", nargs="*", help="entries whose name begins so; all without")
     parser.add_argument("--figure", choices=(*FIGURES, "scenes", "mixture"))
+    parser.add_argument("--split", default=SPLIT, choices=("development", "test"), help="of the table's rows")
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--work", type=Path, default=Path("build/results"))
     parser.add_argument("--workers", type=int, default=2)
@@ -388,6 +391,7 @@ def main() -> None:
         jobs = {name: (kind, replace(entry, names=everybody)) for name, (kind, entry) in MIXTURES.items()}
     else:
         entries = FIGURES[arguments.figure](box.names(SPLIT)) if arguments.figure else TABLE
+        entries = {name: replace(entry, split=arguments.split) for name, entry in entries.items()}
         work, jobs, order = draw_row, rows(wanted(entries, arguments.entries)), list(rows(entries))
     wrong = 0
     bench = Bench(arguments.loras, arguments.work, arguments.seeds)
@@ -413,15 +417,16 @@ def main() -> None:
 
 
 def wanted(entries: Mapping[str, Entry], chosen: Sequence[str]) -> dict[str, Entry]:
-    """Those whose name begins so; `core` are what most people want to know. Raises SystemExit for a name that none begins with."""
+    """Those of that name, else whose names begin so; `core` are what most people want to know. Raises SystemExit for a name of none."""
     if unknown := [name for name in chosen if not any(label.startswith(name) for label in (*entries, "core"))]:
         raise SystemExit(f"no entry begins with {unknown[0]!r}; there are core, {', '.join(entries)}")
-    names = (*(name for name in chosen if name != "core"), *(CORE if "core" in chosen else ()))
-    return {name: one for name, one in entries.items() if not chosen or name in names or name.startswith(names)}
+    names = {name for name in chosen if name in entries} | set(CORE if "core" in chosen else ())
+    begun = tuple(name for name in chosen if name not in names and name != "core")
+    return {name: one for name, one in entries.items() if not chosen or name in names or name.startswith(begun)}
 
 
 def folder_of(loras: Path, entry: Entry) -> Path:
-    return loras / BULK if entry.recipe == BULK else loras / entry.recipe / SPLIT
+    return loras / BULK if entry.recipe == BULK else loras / entry.recipe / entry.split
 
 
 def summary(row: Mapping[str, Any]) -> object:
