@@ -167,6 +167,12 @@ def test_adapters_that_add_nothing_to_a_block_are_told_so(shared):
         merge([adapter], base=shared, method=make_method("loraclr", rounds=2), collection=SMALL)
 
 
+def test_one_prompt_is_too_few_for_a_further_round(shared):
+    for few in (replace(SMALL, spatial=1), replace(SMALL, fit=SMALL.fit[:1])):
+        with pytest.raises(UsageError, match=r"two prompts.*leave --quick out"):
+            merge(three(shared), base=shared, method=make_method("loraclr", rounds=2), collection=few)
+
+
 @pytest.mark.parametrize("settings", [{"choose": "held_out"}, {"balance": True}, {"penalty": 1e-3}, {"certificate": "exact"}])
 def test_what_further_rounds_cannot_do_is_refused(settings):
     with pytest.raises(UsageError, match=f"rounds=2 knows no {next(iter(settings))}"):

@@ -33,7 +33,7 @@ from loraclr.methods.problem import AdapterMethod, LayerProblem, LayerSolution, 
 from loraclr.pipeline import Pipeline
 from loraclr.predictions import model_problem
 from loraclr.preflight import check_fit, checks, union
-from loraclr.refit import Refits, refitted
+from loraclr.refit import Refits, check_again, refitted
 from loraclr.scratch import Scratch, peak_memory
 from loraclr.statistics import LayerStats
 
@@ -248,6 +248,8 @@ def merge(
             base.check_plain(f"method {solver.name!r}")
         if collecting and "held_out" in solver.needs:
             check_held_out(settings, [stage_of(base, names) for names in stages])
+        if collecting and "gaps" in solver.needs:
+            check_again(settings)
     seconds = {"load": time.perf_counter() - started, "collect": 0.0, "solve": 0.0}
     solved: dict[str, LayerSolution] = {}
     if isinstance(solver, AdapterMethod) and base is not None:

@@ -51,6 +51,12 @@ class Writer:
     whole: bool  # they are what `behind` gives; else what it is given
 
 
+def check_again(settings: Collection) -> None:
+    """Raises UsageError where a further round would learn from a single prompt: in the toybox that is worse than none."""
+    if len(settings.fit[: settings.spatial]) < 2:
+        raise UsageError("a further round needs at least two prompts a concept through the UNet; leave --quick out, or rounds at 1")
+
+
 def refitted(
     pipeline: Pipeline,
     concepts: Sequence[Concept],
