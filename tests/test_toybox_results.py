@@ -262,11 +262,39 @@ def test_what_goes_in_and_what_is_mixed_is_compared_picture_by_picture():
     assert report.mixture(mixture, {}).count("| .400, -.100 (-.100 to -.100) | .500 (.500 to .500) |") == 8
 
 
+def test_a_second_round_is_compared_with_the_first_of_the_same_inputs_and_people():
+    import report
+
+    def known(first, second):
+        notes = {"merge_seconds": 40.0}
+        return {
+            "alone, lora": row("alone", [0.5] * 4, recipe="lora"),
+            "loraclr (ours), DB-LoRA inputs": row("merged", [first] * 4, recipe="lora", **notes),
+            "loraclr (ours), 2 rounds, DB-LoRA inputs": row("merged", [second] * 4, recipe="lora", **notes),
+        }
+
+    *_, chosen_on, told = report.rounds(known(0.4, 0.3), known(0.2, 0.4)).splitlines()
+    assert chosen_on.startswith("| development | lora | +.200") and told.startswith("| test | lora | -.100 (-.100 to -.100) |")
+    page = report.development(known(0.2, 0.4), {})
+    assert "| loraclr (ours), 2 rounds, DB-LoRA inputs | lora |" in page and "| alone, lora | .500 (.500 to .500) |" in page
+
+
+def test_a_whole_name_is_one_row_and_a_part_of_it_all_that_begin_so():
+    import results
+
+    assert list(results.wanted(results.TABLE, ["loraclr (ours)"])) == ["loraclr (ours)"]
+    assert set(results.wanted(results.TABLE, ["loraclr (ours), 2"])) == {name for name in results.TABLE if "2 rounds" in name}
+    assert set(results.wanted(results.TABLE, ["core", "P+"])) == {*results.CORE, "P+"}
+    assert len(results.wanted(results.TABLE, [])) == len(results.TABLE)
+    with pytest.raises(SystemExit, match="no entry begins with 'ours'"):
+        results.wanted(results.TABLE, ["ours"])
+
+
 def test_the_page_has_a_place_for_every_table_and_figure():
     import report
 
     page = (TOOLS.parents[1] / "docs" / "results.md").read_text()
-    for name in ("table1", "controls", "paper", "memory", "claims", *report.FIGURES):
+    for name in ("table1", "controls", "rounds", "paper", "memory", "claims", *report.FIGURES):
         assert page.count(f"<!-- {name} -->") == page.count(f"<!-- end of {name} -->") == 1, name
 
 
@@ -295,6 +323,8 @@ def test_whose_adapters_lack_is_told(tmp_path):
     first, *others = bench.box.names("test")
     (tmp_path / "edlora" / "test" / f"{first}.pth").touch()
     assert bench.lacking(results.TABLE["loraclr (ours)"]) == others
+    chosen_on = results.replace(results.TABLE["loraclr (ours)"], split="development")
+    assert bench.names(chosen_on) == bench.lacking(chosen_on) == bench.box.names("development")
     assert bench.lacking(results.TABLE["P+"]) == [first, *others] and bench.lacking(results.TABLE["average, mixed inputs"]) == []
 
 

@@ -219,7 +219,28 @@ def mixture(known: Known, table: Known) -> str:
     return "\n".join(lines)
 
 
-FIGURES = {"counts": counts, "beyond": beyond, "margins": margins, "inputs": inputs, "scenes": scenes, "mixture": mixture}
+def development(known: Known, table: Known) -> str:
+    """The same as Table 1 and its controls, of the people on whom choices are made."""
+    return f"{table1(known)}\n\n{controls(known)}"
+
+
+def rounds(table: Known, chosen_on: Known) -> str:
+    """What a second round adds to our merge: of two rows at the same prompts and seeds, the later minus the earlier."""
+    lines = header("people", "inputs", *SHOWN, "merging, s of a core")
+    for people, known in (("development", chosen_on), ("test", table)):
+        for name in TABLE:
+            before = name.replace(", 2 rounds", "")
+            if name != before and name in known and before in known:
+                cells = [spread(difference(known[name], known[before], measure), signed=True) for measure in SHOWN]
+                seconds = f"{known[before]['merge_seconds']:.0f}, {known[name]['merge_seconds']:.0f}"
+                lines.append(f"| {' | '.join((people, known[name]['recipe'], *cells, seconds))} |")
+    return "\n".join(lines)
+
+
+FIGURES = {
+    "development": development, "counts": counts, "beyond": beyond, "margins": margins, "inputs": inputs, "scenes": scenes,
+    "mixture": mixture,
+}  # fmt: skip
 
 PLOTS = {"counts": counts_plot, "margins": margins_map}
 
@@ -262,6 +283,8 @@ def main() -> None:
             (arguments.page.parent / "figures").mkdir(exist_ok=True)
             (arguments.page.parent / "figures" / f"{name}.svg").write_text(drawn(figures[name], table))
     blocks |= {made.__name__: made(table) for made in (table1, controls, paper, memory)}
+    if "development" in figures:
+        blocks["rounds"] = rounds(table, figures["development"])
     blocks["claims"] = claims(Evidence(table, figures))
     arguments.page.write_text(written(arguments.page.read_text(), blocks))
 
