@@ -76,6 +76,7 @@ class Loraclr(Checked):
         {
             "exact": MappingProxyType({"ridge": 0.0, "choose": "fixed", "preservation": 0.0, "normalise": False, "penalty": 1e-3}),
             "contrastive": MappingProxyType({"margin": 0.5, "margin_mode": "relative", "distance": "rms"}),
+            "thorough": MappingProxyType({"rounds": 2}),
         }
     )
 
