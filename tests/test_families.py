@@ -203,6 +203,21 @@ def test_methods_that_run_the_unet_by_themselves_refuse_other_families_at_once(m
         assert merge(pair, base=pipeline, method=method, score=lambda made: 0.0, parameters={"budget": 6}, collection=SMALL).layers
 
 
+@pytest.mark.parametrize(("family", "able"), [("sd2", True), ("sdxl", True), ("sd3", False), ("flux", False), ("pixart", False)])
+def test_a_further_round_is_for_unets_and_refused_elsewhere_before_any_work(family, able, monkeypatch):
+    pipeline = Pipeline(twin(family))
+    given = {"base": pipeline, "method": "loraclr:thorough", "calls": {"ada": "ada", "ben": "ben"}, "collection": SMALL}
+    pair = [adapter(pipeline, name, seed) for seed, name in enumerate(("ada", "ben"))]
+    if able:
+        found = [layer for layer in merge(pair, **given).layers if layer.status == "refitted"]
+        assert [layer.layer.rpartition("transformer_blocks.0.")[2] for layer in found] == ["attn2.to_out.0"]
+        assert 0 < found[0].diagnostics["left"] < 1
+        return
+    monkeypatch.setattr(Pipeline, "run", lambda *_, **__: pytest.fail("work was done"))
+    with pytest.raises(UsageError, match="leave rounds at 1"):
+        merge(pair, **given)
+
+
 # ---- what a family is
 
 

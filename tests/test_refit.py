@@ -15,7 +15,7 @@ from loraclr.merge import merge
 from loraclr.methods import make_method
 from loraclr.methods.loraclr import Loraclr
 from loraclr.pipeline import Pipeline
-from loraclr.refit import _gap, _passes, _writers
+from loraclr.refit import _gap, _in_order, _passes, _writers
 from loraclr.statistics import Gap
 
 SETTINGS = {"ridge": 1e-3, "preservation": 0.5, "margin": 0.0}
@@ -127,7 +127,7 @@ def test_a_gap_is_what_the_hidden_states_behind_the_layer_lack(shared):
     with shared.with_tokens({token: rows for a in adapters for token, rows in a.tokens.items()}):
         with torch.inference_mode(), shared.applied(earlier):
             passes = _passes(shared, prompts, settings, LATENTS["fit"], (own, 1.0))
-            writer = _writers(shared, names)[0]
+            writer = _in_order(shared, _writers(shared, names))[0]
             gap = _gap(shared, writer, passes, (own, 1.0), {name: merged[name] for name in names})
         seeds = [LATENTS["fit"] + index for index in range(len(prompts))]
         theirs, ours = (seen_behind(shared, layers, writer.behind, prompts, seeds) for layers in ({**earlier, **own}, merged))
@@ -146,7 +146,7 @@ def test_what_is_missing_behind_the_last_block_shrinks(shared):
         earlier = {name: layer for name, layer in merged.items() if name not in names}
         tokens = {token: rows for a in adapters for token, rows in a.tokens.items()}
         with torch.inference_mode(), shared.applied(earlier), shared.with_tokens(tokens):
-            last = _writers(shared, names)[-1]
+            last = _in_order(shared, _writers(shared, names))[-1]
             for one in concepts:
                 own = {name: layer for name, layer in one.adapter.layers.items() if name in names}, 1.0
                 passes = _passes(shared, one.said(SMALL.fit), SMALL, LATENTS["fit"], own)
@@ -157,13 +157,15 @@ def test_what_is_missing_behind_the_last_block_shrinks(shared):
 def test_the_last_adapted_layer_of_each_block_is_fitted_as_the_unet_runs(shared):
     every = [f"{place}.{own}" for place in (DEEP, BLOCK) for own in ("attn1.to_out.0", "attn2.to_out.0", "ff.net.2", "attn2.to_q")]
     with torch.inference_mode():
-        assert [one.layer for one in _writers(shared, every)] == [f"{BLOCK}.ff.net.2", f"{DEEP}.ff.net.2"]
+        found = _writers(shared, every)
+        assert [one.layer for one in _in_order(shared, found[::-1])] == [f"{BLOCK}.ff.net.2", f"{DEEP}.ff.net.2"]
         assert [one.layer for one in _writers(shared, every[:2])] == [f"{DEEP}.attn2.to_out.0"]
 
 
-def test_adapters_that_add_nothing_to_a_block_are_told_so(shared):
+def test_adapters_that_add_nothing_to_a_block_are_told_so_before_any_work(shared, monkeypatch):
+    monkeypatch.setattr(Pipeline, "run", lambda *_, **__: pytest.fail("work was done"))
     adapter = concept(shared, "ada", [f"{BLOCK}.attn1.to_q"], rank=2, seed=1, triggers=("ada woman",))
-    with pytest.raises(UsageError, match=r"attn2\.to_out.*leave rounds out"):
+    with pytest.raises(UsageError, match=r"attn2\.to_out.*leave rounds at 1"):
         merge([adapter], base=shared, method=make_method("loraclr", rounds=2), collection=SMALL)
 
 

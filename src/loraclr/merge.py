@@ -249,7 +249,7 @@ def merge(
         if collecting and "held_out" in solver.needs:
             check_held_out(settings, [stage_of(base, names) for names in stages])
         if collecting and "gaps" in solver.needs:
-            check_again(settings)
+            check_again(base, shapes, settings)
     seconds = {"load": time.perf_counter() - started, "collect": 0.0, "solve": 0.0}
     solved: dict[str, LayerSolution] = {}
     if isinstance(solver, AdapterMethod) and base is not None:

@@ -10,6 +10,7 @@ difference, too.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Collection as Collected
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
@@ -27,6 +28,7 @@ from loraclr.modules import canonical, rows, side_by_side
 from loraclr.pipeline import Pipeline
 from loraclr.statistics import Gap
 
+PLACES = ("attn1.to_out.0", "attn2.to_out.0", "ff.net.2")  # of a block, whose outputs are added to its hidden states
 Changes = tuple[Mapping[str, Layer], float]  # and their weight
 Pass = tuple[tuple[Any, ...], dict[str, Any]]  # what the denoiser was called with
 
@@ -51,10 +53,15 @@ class Writer:
     whole: bool  # they are what `behind` gives; else what it is given
 
 
-def check_again(settings: Collection) -> None:
-    """Raises UsageError where a further round would learn from a single prompt: in the toybox that is worse than none."""
+def check_again(pipeline: Pipeline, names: Collected[str], settings: Collection) -> None:
+    """Raises UsageError where a further round has nothing to fit, or would learn from a single prompt: in the toybox worse than none."""
     if len(settings.fit[: settings.spatial]) < 2:
         raise UsageError("a further round needs at least two prompts a concept through the UNet; leave --quick out, or rounds at 1")
+    if not _writers(pipeline, names):
+        raise UsageError(
+            "rounds: none of these adapters changes a layer that a UNet's blocks add to their hidden states "
+            f"({', '.join(PLACES)}), which is where a further round makes good what is missing; leave rounds at 1"
+        )
 
 
 def refitted(
@@ -71,8 +78,7 @@ def refitted(
     """One layer of each block, solved anew in forward order, once for every round after the first; `names` are the stage's layers.
 
     `merged` has all layers of this and of earlier stages, and is read anew for every block: whoever takes a solution puts it there before
-    asking for the next. `settings` are those of the collection; held-out prompts are not run. Raises UsageError where no adapter
-    changes a layer that a block adds to its hidden states.
+    asking for the next. `settings` are those of the collection; held-out prompts are not run. `check_again` says what it cannot do.
     """
     earlier = {name: layer for name, layer in merged.items() if name not in set(names)}
     tokens = {token: rows for concept in concepts for token, rows in concept.adapter.tokens.items()}
@@ -84,7 +90,7 @@ def refitted(
 
     runs: dict[str | None, tuple[Changes, list[Pass]]] = {}  # by concept; None: prompts without any
     with prepared():
-        visits = _writers(pipeline, names) * (method.rounds - 1)
+        visits = _in_order(pipeline, _writers(pipeline, names)) * (method.rounds - 1)
         for concept in concepts:
             own = {name: layer for name, layer in concept.adapter.layers.items() if name in set(names)}, concept.weight
             runs[concept.name] = own, _passes(pipeline, concept.said(settings.fit[: settings.spatial]), settings, LATENTS["fit"], own)
@@ -100,27 +106,26 @@ def refitted(
             progress("catching up with the adapters, block after block", (index + 1) / len(visits))
 
 
-def _writers(pipeline: Pipeline, names: Sequence[str]) -> list[Writer]:
-    """The last layer among `names` of each block that is added to its hidden states, in the order in which the denoiser runs them."""
+def _writers(pipeline: Pipeline, names: Collected[str]) -> list[Writer]:
+    """Of each block the last layer among `names` that is added to its hidden states."""
     from diffusers.models.attention import BasicTransformerBlock
 
     found: dict[str, Writer] = {}
     for path, block in pipeline.unet.named_modules():
         if isinstance(block, BasicTransformerBlock) and block.norm_type == "layer_norm":
-            after_first = block.norm3 if block.attn2 is None else block.norm2
-            places = {"attn1.to_out.0": (after_first, False), "attn2.to_out.0": (block.norm3, False), "ff.net.2": (block, True)}
-            for own, (behind, whole) in places.items():
+            behinds = block.norm3 if block.attn2 is None else block.norm2, block.norm3, block
+            for own, behind in zip(PLACES, behinds, strict=True):
                 if (name := canonical("unet", f"{path}.{own}")) in names:
-                    found[path] = Writer(name, block.get_submodule(own), behind, whole)
-    if not found:
-        raise UsageError(
-            "rounds: none of these adapters changes a layer that a UNet's blocks add to their hidden states (attn1.to_out, attn2.to_out, "
-            "ff.net.2), which is where a further round makes good what is missing; leave rounds out"
-        )
+                    found[path] = Writer(name, block.get_submodule(own), behind, behind is block)
+    return list(found.values())
+
+
+def _in_order(pipeline: Pipeline, writers: Sequence[Writer]) -> list[Writer]:
+    """As the denoiser comes to them."""
     order: dict[str, None] = {}
-    with pipeline.captured([writer.layer for writer in found.values()], lambda name, rows: order.setdefault(name)):
+    with pipeline.captured([writer.layer for writer in writers], lambda name, rows: order.setdefault(name)):
         pipeline.run([""], seeds=[0], steps=1)
-    by_layer = {writer.layer: writer for writer in found.values()}
+    by_layer = {writer.layer: writer for writer in writers}
     return [by_layer[name] for name in order]
 
 
