@@ -62,6 +62,7 @@ CORE = (
     "loraclr (ours), DB-LoRA inputs",
     "loraclr (ours), mixed inputs",
     "loraclr (ours), 2 rounds, DB-LoRA inputs",
+    "loraclr (ours), 2 rounds, mixed inputs",
     "LoRACLR, paper, mixed inputs",
     "sum, tuned",
 )
