@@ -151,13 +151,12 @@ def test_tables_are_written_between_their_marks_and_nowhere_else(tmp_path, monke
     }
     (tmp_path / "table1.json").write_text(json.dumps(known))
     page = tmp_path / "results.md"
-    page.write_text(
-        "".join(f"<!-- {mark} -->\nold\n<!-- end of {mark} -->\nkept\n" for mark in ("table1", "controls", "paper", "memory", "claims"))
-    )
+    marks = ("table1", "controls", "groups", "paper", "memory", "claims")
+    page.write_text("".join(f"<!-- {mark} -->\nold\n<!-- end of {mark} -->\nkept\n" for mark in marks))
     monkeypatch.setattr(sys, "argv", ["report.py", str(tmp_path), str(page)])
     report.main()
     text = page.read_text()
-    assert "old" not in text and text.count("kept\n") == 5 and f"| {name} | {recipe} | 1.000, .750 | -.250 (" in text
+    assert "old" not in text and text.count("kept\n") == len(marks) and f"| {name} | {recipe} | 1.000, .750 | -.250 (" in text
     assert "is not drawn yet | open |" in text and "| people prefer it: 3.42 against 2.41 | Table 2 |" in text
     page.write_text("nothing to write to\n")
     with pytest.raises(SystemExit, match="table1"):
@@ -262,7 +261,7 @@ def test_what_goes_in_and_what_is_mixed_is_compared_picture_by_picture():
     assert report.mixture(mixture, {}).count("| .400, -.100 (-.100 to -.100) | .500 (.500 to .500) |") == 8
 
 
-def test_a_second_round_is_compared_with_the_first_of_the_same_inputs_and_people():
+def test_a_second_round_is_compared_with_the_first_of_the_same_inputs_and_people(monkeypatch):
     import report
 
     def known(first, second):
@@ -275,7 +274,10 @@ def test_a_second_round_is_compared_with_the_first_of_the_same_inputs_and_people
 
     *_, chosen_on, told = report.rounds(known(0.4, 0.3), known(0.2, 0.4)).splitlines()
     assert chosen_on.startswith("| development | lora | +.200") and told.startswith("| test | lora | -.100 (-.100 to -.100) |")
+    monkeypatch.setattr(report, "read_prompts", lambda path: {"a {} at sea": "context", "an angry {}": "state"})
     page = report.development(known(0.2, 0.4), {})
+    assert "| identity, text | context | state |" in page
+    assert "| loraclr (ours), 2 rounds, DB-LoRA inputs | .400, .400 | .400, .400 |" in page
     assert "| loraclr (ours), 2 rounds, DB-LoRA inputs | lora |" in page and "| alone, lora | .500 (.500 to .500) |" in page
 
 
@@ -294,7 +296,7 @@ def test_the_page_has_a_place_for_every_table_and_figure():
     import report
 
     page = (TOOLS.parents[1] / "docs" / "results.md").read_text()
-    for name in ("table1", "controls", "rounds", "paper", "memory", "claims", *report.FIGURES):
+    for name in ("table1", "controls", "groups", "rounds", "paper", "memory", "claims", *report.FIGURES):
         assert page.count(f"<!-- {name} -->") == page.count(f"<!-- end of {name} -->") == 1, name
 
 

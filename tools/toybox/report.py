@@ -19,9 +19,11 @@ from typing import Any
 from claims import Evidence, claims
 from entries import TABLE, WHOLE, orders
 from plots import STYLE, Point, chart, panel
-from rows import OWN, SHOWN, Known, difference, differences, group_values, header, mean_of, number, present, spread
+from rows import OWN, SHOWN, Known, difference, differences, group_values, header, mean_of, number, present, spread, values
 
 from loraclr.evaluate import Estimate, estimate, paired
+from loraclr.evaluate.subjects import read_prompts
+from loraclr.toybox import open_toybox
 
 SCORES = ("identity", "image", "text")
 
@@ -51,6 +53,23 @@ def controls(known: Known) -> str:
     for name, row in known.items():
         if row["kind"] != "merged":
             lines.append(f"| {name} | {' | '.join(spread(mean_of(row, measure)) for measure in (*SHOWN, 'leakage'))} |")
+    return "\n".join(lines)
+
+
+def groups(known: Known) -> str:
+    """Identity and text by the group of prompts: recipes alone, and below each what is merged of it by us."""
+    kinds = list(read_prompts(open_toybox().prompts_path).values())  # of each of a row's prompts
+    names = list(dict.fromkeys(kinds))
+    lines = header("identity, text", *names)
+    ours = [name for name in TABLE if name.startswith("loraclr (ours)") and name in known]
+    for recipe in dict.fromkeys(known[name]["recipe"] for name in ours):
+        for label in (f"alone, {recipe}", *(name for name in ours if known[name]["recipe"] == recipe)):
+            shown = {measure: values(known[label], measure).nanmean(dim=(0, 2)) for measure in ("identity", "text")}
+            cells = []
+            for name in names:
+                chosen = [index for index, kind in enumerate(kinds) if kind == name]
+                cells.append(", ".join(number(float(shown[measure][chosen].mean())) for measure in ("identity", "text")))
+            lines.append(f"| {label} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -221,7 +240,7 @@ def mixture(known: Known, table: Known) -> str:
 
 def development(known: Known, table: Known) -> str:
     """The same as Table 1 and its controls, of the people on whom choices are made."""
-    return f"{table1(known)}\n\n{controls(known)}"
+    return "\n\n".join((table1(known), controls(known), groups(known)))
 
 
 def rounds(table: Known, chosen_on: Known) -> str:
@@ -282,7 +301,7 @@ def main() -> None:
         if name in figures:
             (arguments.page.parent / "figures").mkdir(exist_ok=True)
             (arguments.page.parent / "figures" / f"{name}.svg").write_text(drawn(figures[name], table))
-    blocks |= {made.__name__: made(table) for made in (table1, controls, paper, memory)}
+    blocks |= {made.__name__: made(table) for made in (table1, controls, groups, paper, memory)}
     if "development" in figures:
         blocks["rounds"] = rounds(table, figures["development"])
     blocks["claims"] = claims(Evidence(table, figures))
