@@ -16,11 +16,12 @@ from rows import OWN
 
 from loraclr.toybox import SIDE, open_toybox
 
-TITLES = 240  # pixels for a row's name
+TITLES = 256  # pixels for a row's name
 GAP = 4
 TABLE_ROWS = (
     "alone, edlora", "loraclr (ours)", "LoRACLR, paper", "MoS (gradient fusion)", "MoS (FedAvg)", "sum, tuned", "Orthogonal Adaptation",
-    "Custom Diffusion", "P+", "alone, lora", "loraclr (ours), DB-LoRA inputs", "DB-LoRA (FedAvg)", "base, class word",
+    "Custom Diffusion", "P+", "alone, lora", "loraclr (ours), 2 rounds, DB-LoRA inputs", "loraclr (ours), DB-LoRA inputs",
+    "DB-LoRA (FedAvg)", "base, class word",
 )  # fmt: skip
 PROMPT = "04-0"  # the picture of each person: number of the prompt, seed
 SHOWN_SCENES = ("alike/2-0", "2-1", "3-0", "4-0", "5-0", "6-0")  # folder/people-seed
