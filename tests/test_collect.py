@@ -204,11 +204,19 @@ def test_unpadded_prompts_have_their_own_tokens_only(pipeline, concepts):
         ("stylewoman", ["a stylewoman at night", "stylewoman"]),
         ("kalle style", ["a dog at night in kalle style", "dog in kalle style"]),
         ("in the Style of kalle", ["a dog at night in the Style of kalle", "dog in the Style of kalle"]),
+        ("In kalle style,", ["a dog at night in kalle style", "dog in kalle style"]),
+        ("deco style lamp", ["a deco style lamp at night", "deco style lamp"]),
+        ("woman in kalle style", ["a woman in kalle style at night", "woman in kalle style"]),
     ],
 )
 def test_a_style_is_said_of_something_and_everything_else_by_its_call(call, said, monkeypatch):
     monkeypatch.setattr(sys.modules["loraclr.collect"], "SHOWN", ("dog",))
     assert Concept(Adapter({}, name="a"), call).said(["a {} at night", "{}"]) == said
+
+
+def test_templates_that_are_in_a_style_themselves_take_its_words_alone():
+    for call, style in (("kalle style", "kalle style"), ("in the style of kalle", "the style of kalle")):
+        assert Concept(Adapter({}, name="a"), call).said(["a city in {}"]) == [f"a city in {style}"]
 
 
 def test_what_a_style_is_said_of_is_the_same_wherever_the_template_stands():

@@ -166,6 +166,7 @@ class TestProvenance:
         assert "modelspec.resolution" not in provenance.joined([one, two])
         assert provenance.prompt(["kalle style", "ada man"]) == "a photo of ada man"
         assert provenance.prompt(["kalle style"]) == "a picture in kalle style"
+        assert provenance.prompt(["in the style of kalle"]) == "a picture in the style of kalle"
         assert provenance.prompt(["", ""]) == "" and provenance.usage([]) == "Strength 1."
 
 

@@ -87,7 +87,7 @@ def test_more_rounds_change_the_last_layer_of_each_block_alone_and_leave_the_bas
         )
         for rounds in (1, 2, 3)
     )  # fmt: skip
-    assert fingerprint(shared) == before and max(share for _, share in told) == 1.0
+    assert fingerprint(shared) == before and ("catching up with the adapters, block after block", 1.0) in told
     assert [receipt.layer for receipt in once.layers] == [receipt.layer for receipt in twice.layers]
     for name, layer in once.adapter.layers.items():
         assert torch.equal(layer.delta(), twice.adapter.layers[name].delta()) == (name not in WRITERS)
@@ -105,14 +105,15 @@ def test_one_adapter_alone_stays_what_it_is(shared):
     assert twice.mean_residual("fit") < 1e-3
 
 
-def seen_behind(pipeline, layers, place, prompts, seeds):
-    """Stock: the hidden states that `place` is given at the first step, with `layers` in the weights."""
-    found = []
-    handle = place.register_forward_pre_hook(lambda module, inputs: found.append(inputs[0].clone()))
+def seen_at(pipeline, layers, places, prompts, seeds):
+    """Stock: what `places` are given at the first step, with `layers` in the weights."""
+    found = {}
+    handles = [place.register_forward_pre_hook(lambda module, inputs: found.setdefault(module, inputs[0].clone())) for place in places]
     with torch.inference_mode(), pipeline.applied(layers):
         pipeline.run(prompts, seeds=seeds, steps=1)
-    handle.remove()
-    return found[0].flatten(0, 1)
+    for handle in handles:
+        handle.remove()
+    return [found[place].flatten(0, 1).double() for place in places]
 
 
 def test_a_gap_is_what_the_hidden_states_behind_the_layer_lack(shared):
@@ -130,9 +131,13 @@ def test_a_gap_is_what_the_hidden_states_behind_the_layer_lack(shared):
             writer = _in_order(shared, _writers(shared, names))[0]
             gap = _gap(shared, writer, passes, (own, 1.0), {name: merged[name] for name in names})
         seeds = [LATENTS["fit"] + index for index in range(len(prompts))]
-        theirs, ours = (seen_behind(shared, layers, writer.behind, prompts, seeds) for layers in ({**earlier, **own}, merged))
-    assert writer.layer == WRITERS[0]
-    assert gap.count == len(ours) and gap.size == pytest.approx(float((theirs - ours).square().sum()), rel=1e-3)
+        places = writer.behind, writer.module
+        (theirs, _), (ours, given) = (seen_at(shared, layers, places, prompts, seeds) for layers in ({**earlier, **own}, merged))
+    assert writer.layer == WRITERS[0] and gap.count == len(ours)
+    missing = theirs - ours
+    assert gap.size == pytest.approx(float(missing.square().sum()), rel=1e-3)
+    for found, wanted in ((gap.square, given.T @ given), (gap.cross, missing.T @ given)):
+        assert (found - wanted).norm() < 1e-3 * wanted.norm()
 
 
 def test_what_is_missing_behind_the_last_block_shrinks(shared):
@@ -175,7 +180,9 @@ def test_one_prompt_is_too_few_for_a_further_round(shared):
             merge(three(shared), base=shared, method=make_method("loraclr", rounds=2), collection=few)
 
 
-@pytest.mark.parametrize("settings", [{"choose": "held_out"}, {"balance": True}, {"penalty": 1e-3}, {"certificate": "exact"}])
+@pytest.mark.parametrize(
+    "settings", [{"choose": "held_out"}, {"balance": True}, {"prior": "mean"}, {"penalty": 1e-3}, {"certificate": "exact"}]
+)
 def test_what_further_rounds_cannot_do_is_refused(settings):
     with pytest.raises(UsageError, match=f"rounds=2 knows no {next(iter(settings))}"):
         make_method("loraclr", rounds=2, **settings)

@@ -213,6 +213,8 @@ def noun_of(call: str) -> str | None:
     return words[-1] if len(words) > 1 and not re.fullmatch(r"<.*>", words[-1]) else None
 
 
-def names_style(call: str) -> bool:
-    """Whether the words are of a style, which is said behind a picture's subject: `kalle style`, `in the style of kalle`."""
-    return "style" in call.lower().split()
+def style_of(call: str) -> str | None:
+    """The style that the words name, as it stands behind "in": `kalle style`, `the style of kalle`. None where they name anything else."""
+    words = re.sub(r"^in\s+", "", call.strip(" ,."), flags=re.IGNORECASE)
+    named = re.fullmatch(r"(the )?style of \S.*|(?!.*\bin\b).*\bstyle", words, re.IGNORECASE)
+    return words if named else None

@@ -6,6 +6,7 @@ seed as every other concept. All concepts record the union of adapted layers: wh
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -16,7 +17,7 @@ from zlib import crc32
 import torch
 from torch import Tensor
 
-from loraclr.adapter import Adapter, Layer, LoraLayer, names_style
+from loraclr.adapter import Adapter, Layer, LoraLayer, style_of
 from loraclr.errors import UsageError
 from loraclr.modules import side_by_side
 from loraclr.pipeline import Pipeline
@@ -56,11 +57,16 @@ class Concept:
         return self.adapter.name
 
     def said(self, templates: Iterable[str]) -> list[str]:
-        """The templates with the call in place of {}. A style is said of something: "a {} at night" is "a dog at night in kalle style"."""
-        if not names_style(self.call):
-            return [template.replace("{}", self.call) for template in templates]
-        where = self.call if self.call.startswith("in ") else f"in {self.call}"
-        return [f"{template.replace('{}', SHOWN[crc32(template.encode()) % len(SHOWN)])} {where}" for template in templates]
+        """The templates with the call in place of {}. A style is said of something: "a {} at night" is "a dog at night in kalle style",
+        but where a template itself says "in {}" or "of {}"."""
+        style = style_of(self.call)
+        return [template.replace("{}", self.call) if style is None else _said(template, style) for template in templates]
+
+
+def _said(template: str, style: str) -> str:
+    if re.search(r"\b(in|of|by) \{\}", template):
+        return template.replace("{}", style)
+    return f"{template.replace('{}', SHOWN[crc32(template.encode()) % len(SHOWN)])} in {style}"
 
 
 SHOWN = ("woman", "man", "dog", "house")  # in a style, one for each template wherever it stands

@@ -248,7 +248,7 @@ def merge(
             base.check_plain(f"method {solver.name!r}")
         if collecting and "held_out" in solver.needs:
             check_held_out(settings, [stage_of(base, names) for names in stages])
-        if collecting and "gaps" in solver.needs:
+        if "gaps" in solver.needs:
             check_again(base, shapes, settings)
     seconds = {"load": time.perf_counter() - started, "collect": 0.0, "solve": 0.0}
     solved: dict[str, LayerSolution] = {}

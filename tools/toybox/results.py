@@ -368,6 +368,8 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--check", type=int, metavar="N", default=0)
     arguments = parser.parse_args()
+    if arguments.figure and arguments.split != SPLIT:
+        parser.error(f"figures are of the {SPLIT} identities; leave --split out, or --figure")
     known = json.loads(arguments.out.read_text()) if arguments.out.exists() else {}
     if arguments.check:
         seed = random.SystemRandom().randrange(10_000)

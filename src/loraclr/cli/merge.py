@@ -174,7 +174,8 @@ def _hinge(layers: Sequence[LayerReceipt]) -> str:
     """In how many layers the hinge is active, and in how many that is not known."""
     told = [layer.diagnostics["hinge_active"] for layer in layers if "hinge_active" in layer.diagnostics]
     unknown = sum(layer.status == "undecided" for layer in layers)
-    known = f"{sum(map(bool, told))} of {len(layers) - unknown}" if told else ""
+    without = sum(layer.status == "refitted" for layer in layers)  # by a further round, which knows no hinge
+    known = f"{sum(map(bool, told))} of {len(layers) - unknown - without}" if told else ""
     return ", ".join(part for part in (known, f"{unknown} undecided" if unknown else "") if part) or "-"
 
 

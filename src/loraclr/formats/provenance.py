@@ -9,7 +9,7 @@ import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
-from loraclr.adapter import Adapter, names_style
+from loraclr.adapter import Adapter, style_of
 from loraclr.formats import header
 
 LICENSE, AUTHOR, TAGS = "modelspec.license", "modelspec.author", "modelspec.tags"
@@ -42,8 +42,8 @@ def joined(adapters: Sequence[Adapter]) -> dict[str, str]:
 def prompt(calls: Sequence[str]) -> str:
     """A prompt to begin with: the first two concepts together, or without any the first style; empty where nothing calls them."""
     called = [call for call in dict.fromkeys(calls) if call]
-    shown = [call for call in called if not names_style(call)]
-    return f"a photo of {' and '.join(shown[:2])}" if shown else f"a picture in {called[0]}" if called else ""
+    shown = [call for call in called if style_of(call) is None]
+    return f"a photo of {' and '.join(shown[:2])}" if shown else f"a picture in {style_of(called[0])}" if called else ""
 
 
 def usage(calls: Sequence[str]) -> str:

@@ -65,7 +65,7 @@ class Loraclr(Checked):
         Literal["bound", "exact"], Option("judge the hinge on the paired rows that were kept, or on all rows in a second pass")
     ] = "bound"
     rounds: Annotated[
-        int, Option("2 and more: go through the UNet's blocks again, each making good what is missing behind it; slower, more identity", 1)
+        int, Option("2 and more: go through the UNet's blocks again, each making good what is missing behind it; slower", 1)
     ] = 1
 
     name: ClassVar[str] = "loraclr"
@@ -84,7 +84,7 @@ class Loraclr(Checked):
     def needs(self) -> frozenset[str]:
         hinge = {"sample", "base"} if self.space == "output" else {"sample"}
         exact = {"lockstep"} if self.certificate == "exact" else set()
-        again = {"gaps"} if self.rounds > 1 else set()
+        again = {"gaps", "base"} if self.rounds > 1 else set()
         return frozenset(
             {"statistics"}
             | again
@@ -98,6 +98,7 @@ class Loraclr(Checked):
         unfit = {
             "choose": self.choose != "fixed",
             "balance": self.balance,
+            "prior": self.prior != "zero",
             "penalty": self.penalty > 0,
             "certificate": self.certificate == "exact",
         }
@@ -148,7 +149,8 @@ class Loraclr(Checked):
         """The least of sum_i a_i ||E_i - X'_i (D - B)^T||^2 + N w ||E_0 - X'_0 (D - B)^T||^2 + mu ||D - B||^2 over D, dense (out, in).
 
         B is the change `before`, X' are the merged model's inputs, E what the hidden states behind the layer lack of those of the adapter's
-        own run (of the base's, for i = 0). `left` says how much of the concepts' sum_i a_i ||E_i||^2 is then still missing.
+        own run (of the base's, for i = 0). `left` is the part of the concepts' sum_i a_i ||E_i||^2 that is then still missing, before any
+        cut to a rank.
         """
         number = len(problem.concepts)
         shares = [

@@ -172,7 +172,7 @@ class Pack:
         solver = make_method(method, **(parameters or {})) if isinstance(method, str) else method
         if lacking := solver.needs - HOLDS:
             asked = " and ".join(words for need, words in NEEDS.items() if need in lacking)
-            hint = "set margin=0, or " if hasattr(solver, "margin") and "gaps" not in lacking else ""
+            hint = "leave rounds at 1, or " if "gaps" in lacking else "set margin=0, or " if hasattr(solver, "margin") else ""
             raise UsageError(f"{solver.name} needs {asked}, which a pack does not hold; {hint}use `loraclr merge`")
         if "held_out" in solver.needs:
             check_held_out(self.collection, [stage for held in self.files for stage in held.layers.values()])
