@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from collections.abc import Collection as Collected
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -82,14 +82,8 @@ def refitted(
     """
     earlier = {name: layer for name, layer in merged.items() if name not in set(names)}
     tokens = {token: rows for concept in concepts for token, rows in concept.adapter.tokens.items()}
-
-    @contextmanager
-    def prepared() -> Iterator[None]:
-        with torch.inference_mode(), pipeline.applied(earlier), pipeline.with_tokens(tokens):
-            yield
-
     runs: dict[str | None, tuple[Changes, list[Pass]]] = {}  # by concept; None: prompts without any
-    with prepared():
+    with torch.inference_mode(), pipeline.applied(earlier), pipeline.with_tokens(tokens):
         visits = _in_order(pipeline, _writers(pipeline, names)) * (method.rounds - 1)
         for concept in concepts:
             own = {name: layer for name, layer in concept.adapter.layers.items() if name in set(names)}, concept.weight
@@ -98,7 +92,8 @@ def refitted(
             runs[None] = ({}, 1.0), _passes(pipeline, free, settings, LATENTS["preserve"], ({}, 1.0))
     for index, writer in enumerate(visits):
         now = {name: merged[name] for name in names}
-        with prepared(), loading.half(pipeline.device, settings.precision == "bfloat16"):
+        half = loading.half(pipeline.device, settings.precision == "bfloat16")
+        with torch.inference_mode(), pipeline.applied(earlier), half:  # the prompts' states are in the passes
             gaps = {name: _gap(pipeline, writer, passes, own, now) for name, (own, passes) in runs.items()}
         one, before = problem(writer.layer), merged[writer.layer].delta().double().flatten(1)
         yield one, method.refit(one, before, {name: gap for name, gap in gaps.items() if name is not None}, gaps.get(None))
