@@ -58,7 +58,7 @@ class Concept:
 
     def said(self, templates: Iterable[str]) -> list[str]:
         """The templates with the call in place of {}. A style is said of something: "a {} at night" is "a dog at night in kalle style",
-        but where a template itself says "in {}" or "of {}"."""
+        but where a template itself says "in {}", "of {}" or "by {}"."""
         style = style_of(self.call)
         return [template.replace("{}", self.call) if style is None else _said(template, style) for template in templates]
 
