@@ -49,6 +49,28 @@ def test_truncation_is_eckart_young_and_says_what_it_lost():
     assert torch.allclose(cut.up.norm(dim=0), cut.down.norm(dim=1))  # balanced, so that neither underflows in float16
 
 
+@pytest.mark.parametrize("smallest", [1.0, 1e-2, 1e-5, 1e-9, 0.0])
+@pytest.mark.parametrize("where", ["up", "down"])
+@pytest.mark.parametrize("rank", [2, 6])
+def test_a_cut_is_the_best_also_where_factors_are_nearly_dependent(smallest, where, rank):
+    """Whichever decomposition it takes: by squares or not."""
+    up, down = draw(20, 8), draw(8, 15)
+    if where == "up":
+        up[:, 5:] = up[:, :3] + smallest * up[:, 5:]
+    else:
+        down[5:] = down[:3] + smallest * down[5:]
+    values = torch.linalg.svdvals(up @ down)
+    exact = float(values[rank:].norm())
+    for cut in (linalg.truncate(up, down, rank), linalg.truncate_dense(up @ down, rank), linalg.truncate_dense((up @ down).T, rank)):
+        change = up @ down if cut.up.shape[0] == 20 else (up @ down).T
+        assert cut.up.shape[1] <= rank
+        assert float((cut.up @ cut.down - change).norm()) == pytest.approx(exact, rel=1e-9, abs=1e-12 * float(values[0]))
+        assert cut.lost == pytest.approx(exact / float(values.norm()), rel=1e-9, abs=1e-12)
+    thin = linalg.lowest_rank(up, down)
+    assert relative(thin[0] @ thin[1], up @ down) < 1e-13 and thin[0].shape[1] == (5 if smallest == 0 else 8)
+    assert torch.allclose(thin[0].norm(dim=0), thin[1].norm(dim=1))
+
+
 def test_truncation_by_hand():
     up, down = torch.diag(torch.tensor([4.0, 3.0, 0.0, 0.0])), torch.eye(4)
     cut = linalg.truncate(up, down, 1)

@@ -42,7 +42,7 @@ def test_the_gradient_of_what_is_written_in_the_docs_is_zero(normalise):
     free = [torch.randn(30, size, generator=make, dtype=torch.float64) for size in (problem.out, problem.width)]
     method = Loraclr(ridge=0.01, preservation=0.5, margin=0.0, importance=(1.0, 2.0), normalise=normalise, rounds=2)
     gaps = {name: Gap.of(e, x) for name, e, x in zip(problem.concepts, missing, rows, strict=True)}
-    solution = method.refit(problem, before, gaps, Gap.of(*free))
+    solution = method.refit(problem, before, iter([*gaps.items(), (None, Gap.of(*free))]))
     delta = solution.delta().requires_grad_()
     shares = [share / (len(x) if normalise else 1) for share, x in zip((1.0, 2.0), rows, strict=True)]
     mu = 0.01 * sum(share * float(x.square().sum()) for share, x in zip(shares, rows, strict=True)) / problem.width
@@ -59,10 +59,10 @@ def test_where_nothing_is_missing_nothing_changes():
     problem = make_problem(3)
     gaps = {name: Gap.of(torch.zeros(len(x), problem.out), x) for name, x in zip(problem.concepts, features(problem), strict=True)}
     before = torch.randn(problem.out, problem.width, dtype=torch.float64)
-    found = Loraclr(**SETTINGS, rounds=2).refit(problem, before, gaps, next(iter(gaps.values())))
+    found = Loraclr(**SETTINGS, rounds=2).refit(problem, before, [*gaps.items(), (None, next(iter(gaps.values())))])
     assert torch.equal(found.delta(), before) and found.diagnostics["left"] == 0
     with pytest.raises(MergeError, match="no concept-free prompts"):
-        Loraclr(**SETTINGS, rounds=2).refit(problem, before, gaps, None)
+        Loraclr(**SETTINGS, rounds=2).refit(problem, before, gaps.items())
 
 
 def test_sums_of_two_runs_add_and_nan_is_refused():

@@ -18,6 +18,8 @@ from loraclr.errors import NumericalError
 
 JITTER = (1e-12, 1e-10, 1e-8)  # times the mean diagonal, tried in turn
 BLOCK = 64  # columns of a Gram computed at a time: more are hardly faster, and store more of the half that is not needed
+CLEAR = 1e-3  # singular values above this share of the largest are exact to 1e-10 also where they are found from their squares
+APART = 0.1  # of a column's length: further from the others it is no combination of them but for rounding
 NULL = 1e-12  # eigenvalues of a Gram below this share of the largest are rounding, not signal
 
 
@@ -105,18 +107,65 @@ def span(columns: Tensor) -> Tensor:
 
 
 def truncate(up: Tensor, down: Tensor, rank: int) -> Truncation:
-    """The best approximation of up @ down of rank `rank` (Eckart-Young), factors balanced by the square root of s."""
+    """The best approximation of up @ down of rank `rank` (Eckart-Young), both factors equally large in every direction."""
+    up, down = up.to(torch.float64), down.to(torch.float64)
+    found = _leading(up, down, rank)
+    if found is not None:
+        return found
     u, s, vh = svd_of_product(up, down)
     root = s[:rank].sqrt()
     return Truncation(u[:, :rank] * root, root[:, None] * vh[:rank], _share(s[rank:].square().sum(), s.square().sum()))
 
 
+def _leading(up: Tensor, down: Tensor, rank: int) -> Truncation | None:
+    """`truncate` by an eigendecomposition of up^T up and down down^T (k, k), a third of the time. It squares singular values: None where
+    those that matter are too small for that."""
+    if not 0 < rank < up.shape[1]:
+        return None
+    lower, info = torch.linalg.cholesky_ex(down @ down.T)
+    sizes = lower.diagonal()
+    if int(info) or not bool(sizes.min() > CLEAR * sizes.max()):
+        return None
+    values, vectors = torch.linalg.eigh(lower.T @ (up.T @ up) @ lower)  # of D D^T = (up lower) (up lower)^T
+    lost = _cut(values, rank)
+    if lost is None:
+        return None
+    basis = torch.linalg.qr(up @ (lower @ vectors[:, -rank:]))[0]
+    return _balanced(basis, (basis.T @ up) @ down, lost)
+
+
+def _cut(values: Tensor, rank: int) -> float | None:
+    """What a cut to the last `rank` of these squared singular values loses; None where their rounding matters."""
+    lost = _share(values[:-rank].clamp(min=0).sum(), values.clamp(min=0).sum())
+    return lost if lost > CLEAR and bool(values[-rank] > CLEAR**2 * values[-1]) else None
+
+
+def _balanced(up: Tensor, down: Tensor, lost: float = 0.0) -> Truncation:
+    """The same product, both factors equally large in every column."""
+    root = (down.norm(dim=1) / up.norm(dim=0)).sqrt()
+    return Truncation(up * root, down / root[:, None], lost)
+
+
 def lowest_rank(up: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
-    """The same product with the fewest columns: singular values that are zero up to float64 rounding are dropped."""
+    """The same product with the fewest columns, both factors equally large in every column: singular values that are zero up to float64
+    rounding are dropped. Where all columns of `up` and all rows of `down` are well apart, no column can be spared."""
+    up, down = up.to(torch.float64), down.to(torch.float64)
+    if _apart(up) and _apart(down.T):
+        return _balanced(up, down)[:2]
     u, s, vh = svd_of_product(up, down)
     rank = int((s > _rounding(up.shape[0], down.shape[1]) * s.max()).sum()) if len(s) else 0
     root = s[:rank].sqrt()
     return u[:, :rank] * root, root[:, None] * vh[:rank]
+
+
+def _apart(columns: Tensor) -> bool:
+    """Whether each column is further than APART of its length from what the columns before it span."""
+    if not 0 < columns.shape[1] <= columns.shape[0]:
+        return False
+    square = columns.T @ columns
+    size = square.diagonal().sqrt()
+    lower, info = torch.linalg.cholesky_ex(square / size / size[:, None])
+    return int(info) == 0 and bool(lower.diagonal().min() > APART)
 
 
 def factor(change: Tensor) -> tuple[Tensor, Tensor]:
@@ -126,8 +175,16 @@ def factor(change: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def truncate_dense(change: Tensor, rank: int) -> Truncation:
-    """The same of a dense (out, in), cut to its best approximation of rank `rank` where its own is higher. One SVD either way."""
+    """The same of a dense (out, in), cut to its best approximation of rank `rank` where its own is higher. One decomposition either way."""
     change = change.to(torch.float64)
+    out, width = change.shape
+    if 0 < rank < min(out, width):
+        tall = change.T if out > width else change
+        values, vectors = torch.linalg.eigh(tall @ tall.T)
+        lost = _cut(values, rank)
+        if lost is not None:
+            basis = vectors[:, -rank:] if tall is change else torch.linalg.qr(change @ vectors[:, -rank:])[0]
+            return _balanced(basis, basis.T @ change, lost)
     u, s, vh = torch.linalg.svd(change, full_matrices=False)
     own = int((s > _rounding(*change.shape) * s.max()).sum())
     if own == min(change.shape) <= rank:

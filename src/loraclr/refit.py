@@ -9,7 +9,7 @@ difference, too.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from collections.abc import Collection as Collected
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -40,7 +40,7 @@ class Refits(Protocol):
     @property
     def rounds(self) -> int: ...
 
-    def refit(self, problem: LayerProblem, before: Tensor, gaps: Mapping[str, Gap], preserve: Gap | None) -> LayerSolution: ...
+    def refit(self, problem: LayerProblem, before: Tensor, gaps: Iterable[tuple[str | None, Gap]]) -> LayerSolution: ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,22 +83,26 @@ def refitted(
     earlier = {name: layer for name, layer in merged.items() if name not in set(names)}
     tokens = {token: rows for concept in concepts for token, rows in concept.adapter.tokens.items()}
     runs: dict[str | None, tuple[Changes, list[Pass]]] = {}  # by concept; None: prompts without any
+    tell = progress or (lambda phase, share: None)
     with torch.inference_mode(), pipeline.applied(earlier), pipeline.with_tokens(tokens):
         visits = _in_order(pipeline, _writers(pipeline, names)) * (method.rounds - 1)
-        for concept in concepts:
+        for index, concept in enumerate(concepts):
+            tell("every adapter's own run once more", index / len(concepts))
             own = {name: layer for name, layer in concept.adapter.layers.items() if name in set(names)}, concept.weight
             runs[concept.name] = own, _passes(pipeline, concept.said(settings.fit[: settings.spatial]), settings, LATENTS["fit"], own)
         if free := list(settings.preserve)[: settings.spatial_preserve]:
             runs[None] = ({}, 1.0), _passes(pipeline, free, settings, LATENTS["preserve"], ({}, 1.0))
     for index, writer in enumerate(visits):
         now = {name: merged[name] for name in names}
-        half = loading.half(pipeline.device, settings.precision == "bfloat16")
-        with torch.inference_mode(), pipeline.applied(earlier), half:  # the prompts' states are in the passes
-            gaps = {name: _gap(pipeline, writer, passes, own, now) for name, (own, passes) in runs.items()}
+
+        def gap(own: Changes, passes: Sequence[Pass], writer: Writer = writer, now: Mapping[str, Layer] = now) -> Gap:
+            half = loading.half(pipeline.device, settings.precision == "bfloat16")
+            with torch.inference_mode(), pipeline.applied(earlier), half:  # the prompts' states are in the passes
+                return _gap(pipeline, writer, passes, own, now)
+
         one, before = problem(writer.layer), merged[writer.layer].delta().double().flatten(1)
-        yield one, method.refit(one, before, {name: gap for name, gap in gaps.items() if name is not None}, gaps.get(None))
-        if progress:
-            progress("catching up with the adapters, block after block", (index + 1) / len(visits))
+        yield one, method.refit(one, before, ((name, gap(own, passes)) for name, (own, passes) in runs.items()))
+        tell("catching up with the adapters, block after block", (index + 1) / len(visits))
 
 
 def _writers(pipeline: Pipeline, names: Collected[str]) -> list[Writer]:

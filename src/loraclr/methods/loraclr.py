@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from types import MappingProxyType
@@ -145,32 +145,34 @@ class Loraclr(Checked):
 
         return replace(solution, claim=Claim(self.space, tuple((quadratic.up, one.v) for one in outcomes), settle))
 
-    def refit(self, problem: LayerProblem, before: Tensor, gaps: Mapping[str, Gap], preserve: Gap | None) -> LayerSolution:
+    def refit(self, problem: LayerProblem, before: Tensor, gaps: Iterable[tuple[str | None, Gap]]) -> LayerSolution:
         """The least of sum_i a_i ||E_i - X'_i (D - B)^T||^2 + N w ||E_0 - X'_0 (D - B)^T||^2 + mu ||D - B||^2 over D, dense (out, in).
 
         B is the change `before`, X' are the merged model's inputs, E what the hidden states behind the layer lack of those of the adapter's
-        own run (of the base's, for i = 0). `left` is the part of the concepts' sum_i a_i ||E_i||^2 that is then still missing, before any
-        cut to a rank.
+        own run. `gaps` are those of every concept in turn and, under None, of the prompts without any (i = 0, beside the base's own run);
+        one at a time is held. `left` is the part of the concepts' sum_i a_i ||E_i||^2 that is then still missing, before any cut to a rank.
         """
-        number = len(problem.concepts)
-        shares = [
-            (self.importance[index] if self.importance else 1.0) / (gaps[concept].count if self.normalise else 1)
-            for index, concept in enumerate(problem.concepts)
-        ]
-        weighed = list(zip(shares, (gaps[concept] for concept in problem.concepts), strict=True))
-        square = seen = sum((share * gap.square for share, gap in weighed), torch.zeros(()))
-        right = wanted = sum((share * gap.cross for share, gap in weighed), torch.zeros(()))
-        mu = self.ridge * float(square.trace()) / problem.width
-        if self.preservation > 0:
-            if preserve is None:
-                raise MergeError(f"{problem.layer}: no concept-free prompts were run; collect some, or set preservation=0")
-            share = self.preservation * number / (preserve.count if self.normalise else 1)
-            square, right = square + share * preserve.square, right + share * preserve.cross
-        more = linalg.ridge_solve(right, square, mu)
-        missing = sum(share * gap.size for share, gap in weighed)
+        number, wide = len(problem.concepts), (problem.width, problem.width)
+        loud = dict(zip(problem.concepts, self.importance or (1.0,) * number, strict=True))
+        seen, wanted = torch.zeros(wide, dtype=torch.float64), torch.zeros_like(before)
+        free = free_wanted = torch.zeros((), dtype=torch.float64)
+        missing, counted, guarded = 0.0, 0, False
+        for name, gap in gaps:
+            share = (self.preservation * number if name is None else loud[name]) / (gap.count if self.normalise else 1)
+            if name is None:
+                free, free_wanted, guarded = share * gap.square, share * gap.cross, True
+            else:
+                seen.add_(gap.square, alpha=share)
+                wanted.add_(gap.cross, alpha=share)
+                missing, counted = missing + share * gap.size, counted + gap.count
+        if self.preservation > 0 and not guarded:
+            raise MergeError(f"{problem.layer}: no concept-free prompts were run; collect some, or set preservation=0")
+        mu = self.ridge * float(seen.trace()) / problem.width
+        square = seen + free
+        more = linalg.ridge_solve(wanted + free_wanted, square, mu)
         left = missing - 2 * float((wanted * more).sum()) + float(((more @ seen) * more).sum())
         notes: dict[str, float | str | bool] = {
-            "rows": sum(gap.count for _, gap in weighed),
+            "rows": counted,
             "in_features": problem.width,
             "mu": mu,
             "left": left / missing if missing > 0 else 0.0,
