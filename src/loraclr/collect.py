@@ -24,13 +24,15 @@ from loraclr.pipeline import Pipeline
 from loraclr.scratch import Read, Sample, Scratch
 from loraclr.statistics import LayerStats, Moments
 
+# The first three also go through the UNet: they differ in expression and style, which else gave way to the concepts.
 FIT_TEMPLATES = (
-    "a photo of a {}", "a {}", "a portrait of a {} on a beach", "a picture of a {} in a forest", "a photo of a {} in a city",
-    "a photo of a {} wearing a red shirt", "a sad {} wearing a black hoodie", "a photo of a serious {} on a red background",
-    "a {} in the snow", "a picture of a {} on a white background", "a {} wearing purple overalls in a city", "a photo of a sleeping {}",
-    "a photo of a {} next to a dog", "a surprised {} on a green background", "a portrait of a {} in a room", "a {} under a tree",
+    "a photo of a {}", "a sad {} wearing a black hoodie", "a sepia photo of a {}", "a {}", "a portrait of a {} on a beach",
+    "a picture of a {} in a forest", "a photo of a {} in a city", "a photo of a {} wearing a red shirt",
+    "a photo of a serious {} on a red background", "a {} in the snow", "a picture of a {} on a white background",
+    "a {} wearing purple overalls in a city", "a photo of a sleeping {}", "a photo of a {} next to a dog",
+    "a surprised {} on a green background", "a portrait of a {} in a room", "a {} under a tree",
     "a smiling {} wearing a yellow blazer", "a picture of a {} with a cat", "an angry {} in a house", "a poster of a {}",
-    "a sepia photo of a {}", "a {} in a desert wearing a white hoodie", "a black and white photo of a {}", "pixel art of a {} in a city",
+    "a {} in a desert wearing a white hoodie", "a black and white photo of a {}", "pixel art of a {} in a city",
 )  # fmt: skip
 HELD_OUT_TEMPLATES = ("a photo of a {} at night", "a picture of a {} wearing a blue hoodie in a field")
 PRESERVE_PROMPTS = (
@@ -41,6 +43,9 @@ PRESERVE_PROMPTS = (
     "a sleeping man on a white background", "a picture of a woman in a room", "a portrait of a man on a green background",
     "a smiling man wearing a pink shirt on a beach", "an angry woman in a field", "a photo of a cat", "a car in a city",
     "a photo of a woman wearing a white blazer",
+    "a sepia photo of a woman", "a black and white photo of a man in a city", "pixel art of a woman on a beach",
+    "a poster of a man at night", "a black and white photo of a woman", "a sepia photo of a man in a field", "a poster of a dog",
+    "pixel art of a house",
 )  # fmt: skip
 
 

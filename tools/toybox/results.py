@@ -60,7 +60,7 @@ from world import NEW_STYLES
 
 from loraclr import __version__
 from loraclr.adapter import Adapter
-from loraclr.collect import Collection
+from loraclr.collect import Collection, collection_for
 from loraclr.evaluate import Row, Subject, Variant, evaluate
 from loraclr.evaluate.subjects import read_prompts
 from loraclr.formats import load_adapter, save_adapter
@@ -121,7 +121,7 @@ class Bench:
 
     def merge_key(self, entry: Entry) -> str:
         """Of everything that makes a merge but the code: its settings with their defaults, its files, the base."""
-        settings = "" if entry.method == "none" else (make_method(entry.method, **entry.parameters), Collection(), __version__)
+        settings = "" if entry.method == "none" else (make_method(entry.method, **entry.parameters), collected(entry), __version__)
         return digest(repr(settings), *self.files(entry).values(), *base_files(self.box))
 
     def row_key(self, kind: str, entry: Entry | None) -> str:
@@ -138,7 +138,7 @@ class Bench:
             began, held = time.process_time(), forget_peak()
             result = merge(
                 list(self.files(entry).values()), base=self.pipeline, method=entry.method, parameters=entry.parameters,
-                collection=Collection() if entry.needs_statistics else None, name="merged",
+                collection=collection_for(make_method(entry.method, **entry.parameters).needs), name="merged",
             )  # fmt: skip
             told = {"merge_seconds": round(time.process_time() - began, 1), "rank": max((layer.rank for layer in result.layers), default=0)}
             told["merge_megabytes"] = round((peak() - held) / 1e6)
@@ -175,6 +175,15 @@ class Bench:
             people = [self.concept(name).attributes for name in row.concepts[start : start + 64]]
             found.append(agreement(self.box.judge.read(images), people, self.box.judge.heads))
         return torch.cat(found)
+
+
+def collected(entry: Entry) -> Collection | None:
+    """What the entry's merge collects, as far as its method asks for it."""
+    needs = make_method(entry.method, **entry.parameters).needs
+    if not {"statistics", "sample", "preserve", "predictions"} & needs:
+        return None
+    chosen = collection_for(needs)
+    return chosen if "preserve" in needs else replace(chosen, preserve=())
 
 
 def forget_peak() -> int:

@@ -214,6 +214,19 @@ def against(ours: Mapping[str, Any], single: Mapping[str, Any], concepts: int) -
     return [round(value, 3) for value in (found.mean, found.low, found.high)]
 
 
+def table(done: Mapping[str, Mapping[str, Any]]) -> str:
+    """The rows in Markdown."""
+    heads = ("merge of 12", "identity", "paired, to alone (95 %)", "right person", "prompt", "held-out residual", "error", "s")
+    lines = [f"| {' | '.join(heads)} |", f"|{'---|' * len(heads)}"]
+    for name, told in done.items():
+        apart = "{:+.3f} ({:+.3f} to {:+.3f})".format(*told["against_single"]).replace("0.", ".") if name != "single" else "-"
+        shares = [f"{told[key]:.2f}".removeprefix("0") for key in ("named", "told")]
+        notes = [f"{told[key]:.3f}".replace("0.", ".", 1) if key in told else "-" for key in ("held_out", "error")]
+        seconds = f"{told['merge_seconds']:.0f}" if "merge_seconds" in told else "-"
+        lines.append(f"| {name} | {told['identity']:.3f} | {apart} | {' | '.join([*shares, *notes, seconds])} |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("base", type=Path)
@@ -224,8 +237,12 @@ def main() -> None:
     parser.add_argument("--split", default="development", choices=("development", "test"))
     parser.add_argument("--rounds", type=int, default=1, help="seeds per prompt")
     parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--markdown", action="store_true", help="print the rows that are there as a table, and draw none")
     arguments = parser.parse_args()
     done = json.loads(arguments.out.read_text()) if arguments.out.exists() else {}
+    if arguments.markdown:
+        print(table(done))
+        return
     wanted = [name for name in settings() if name not in done and (not arguments.names or name.startswith(tuple(arguments.names)))]
     with ProcessPoolExecutor(arguments.workers) as pool:
         common = (run, arguments.base, arguments.judge, arguments.loras, arguments.split)
