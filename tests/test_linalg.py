@@ -86,6 +86,19 @@ def test_lowest_rank_finds_the_rank_behind_stacked_copies():
     assert linalg.lowest_rank(up, torch.zeros(2, 7))[0].shape == (9, 0)
 
 
+@pytest.mark.parametrize("nearly", ["neither", "up", "down", "both"])
+def test_lowest_factors_survive_float16(nearly):
+    """Columns that cancel each other would not: they are told apart by their singular values."""
+    up, down = draw(20, 6), draw(6, 15)
+    if nearly in ("up", "both"):
+        up[:, 3:] = up[:, :3] + 1e-4 * up[:, 3:]
+    if nearly in ("down", "both"):
+        down[3:] = -down[:3] + 1e-4 * down[3:]
+    found = linalg.lowest_rank(up, down)
+    assert found[0].shape == (20, 6)
+    assert relative(found[0].half().double() @ found[1].half().double(), up @ down) < 1e-3
+
+
 @pytest.mark.parametrize(("out", "width", "rank"), [(5, 7, 2), (7, 5, 2), (5, 7, 5), (7, 5, 5), (4, 4, 0)])
 def test_factor_is_exact_and_lowest(out, width, rank):
     change = draw(out, rank) @ draw(rank, width)

@@ -19,7 +19,7 @@ from loraclr.errors import NumericalError
 JITTER = (1e-12, 1e-10, 1e-8)  # times the mean diagonal, tried in turn
 BLOCK = 64  # columns of a Gram computed at a time: more are hardly faster, and store more of the half that is not needed
 CLEAR = 1e-3  # singular values above this share of the largest are exact to 1e-10 also where they are found from their squares
-APART = 0.1  # of a column's length: further from the others it is no combination of them but for rounding
+APART, INDEPENDENT = 0.1, 1e-5  # of a column's length, from what the others span: far from it, and further than rounding
 NULL = 1e-12  # eigenvalues of a Gram below this share of the largest are rounding, not signal
 
 
@@ -148,24 +148,31 @@ def _balanced(up: Tensor, down: Tensor, lost: float = 0.0) -> Truncation:
 
 def lowest_rank(up: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
     """The same product with the fewest columns, both factors equally large in every column: singular values that are zero up to float64
-    rounding are dropped. Where all columns of `up` and all rows of `down` are well apart, no column can be spared."""
+    rounding are dropped.
+
+    Where the columns of one factor are well apart and those of the other independent, none can be spared, and none cancels what others
+    add: they are kept as they are.
+    """
     up, down = up.to(torch.float64), down.to(torch.float64)
-    if _apart(up) and _apart(down.T):
-        return _balanced(up, down)[:2]
+    left = _apart(up)
+    if left > INDEPENDENT:
+        right = _apart(down.T)
+        if min(left, right) > INDEPENDENT and max(left, right) > APART:
+            return _balanced(up, down)[:2]
     u, s, vh = svd_of_product(up, down)
     rank = int((s > _rounding(up.shape[0], down.shape[1]) * s.max()).sum()) if len(s) else 0
     root = s[:rank].sqrt()
     return u[:, :rank] * root, root[:, None] * vh[:rank]
 
 
-def _apart(columns: Tensor) -> bool:
-    """Whether each column is further than APART of its length from what the columns before it span."""
+def _apart(columns: Tensor) -> float:
+    """The least distance of a column from what the columns before it span, as a share of its length; 0 where one is nearly there."""
     if not 0 < columns.shape[1] <= columns.shape[0]:
-        return False
+        return 0.0
     square = columns.T @ columns
     size = square.diagonal().sqrt()
     lower, info = torch.linalg.cholesky_ex(square / size / size[:, None])
-    return int(info) == 0 and bool(lower.diagonal().min() > APART)
+    return 0.0 if int(info) else float(lower.diagonal().min().nan_to_num())
 
 
 def factor(change: Tensor) -> tuple[Tensor, Tensor]:
