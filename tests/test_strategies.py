@@ -16,7 +16,7 @@ from loraclr.pipeline import Pipeline
 from loraclr.strategies import STRATEGIES, Cast, Clora, Omg, Part, Scene, make_strategy
 from loraclr.strategies.attention import Watch, masks, saliency, watched
 from loraclr.strategies.clora import contrast
-from loraclr.strategies.scene import Script, attentions
+from loraclr.strategies.scene import Script
 from loraclr.strategies.words import Words
 
 DIM, LAYERS, SIZE = 32, 10, (16, 16)
@@ -136,7 +136,7 @@ def test_contrast_ignores_order_and_scale():
 def test_the_gradient_is_that_of_every_readers_own_weights(pipeline, parts):
     """A change of weights between a pass and its gradient would go unnoticed by the loss alone."""
     cast, steady, latent = Cast(pipeline, parts), Clora(), torch.randn(1, 4, 8, 8)
-    script, watch, layers = Script.of(cast, scene(guidance=1.0)), Watch((8, 8)), attentions(cast)
+    script, watch, layers = Script.of(cast, scene(guidance=1.0)), Watch((8, 8)), cast.pipeline.cross_attentions
     from loraclr.conditioning import conditioned
 
     with watched(layers, watch), conditioned(layers, latent=(8, 8)):

@@ -150,6 +150,11 @@ class Pipeline:
         stage = stage_of(name)
         return "spatial" if stage == "keys" and self.cross_attention_index(name) is None else stage
 
+    @property
+    def cross_attentions(self) -> list[nn.Module]:
+        """The modules of `cross_attention_layers`."""
+        return [self._unet.get_submodule(path) for path in self.cross_attention_layers]
+
     def cross_attention_index(self, name: str) -> int | None:
         """Which cross-attention layer a key or value projection belongs to, in the order down, mid, up; None for other layers."""
         path, _, leaf = name.removeprefix("unet.").rpartition(".")
@@ -287,7 +292,6 @@ class Pipeline:
         unet, latent = self._unet, (height // self._pipe.vae_scale_factor, width // self._pipe.vae_scale_factor)
         states = conditioning if negative is None else _halves(negative, conditioning)
         states = states.to(self.device, self.dtype)
-        attentions = [unet.get_submodule(path) for path in self.cross_attention_layers]
         sampler = sampling.fresh_scheduler(self._pipe, scheduler)
         sampler.set_timesteps(steps, device=self.device)
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
@@ -295,7 +299,7 @@ class Pipeline:
         noise = torch.cat([torch.randn((1, unet.config.in_channels, *latent), generator=generator) for generator in generators])
         extra = {"generator": generators} if "generator" in inspect.signature(sampler.step).parameters else {}
         special = states.ndim == 4 or bool(regions)
-        with torch.inference_mode(), conditioned(attentions if special else (), latent=latent, regions=regions):
+        with torch.inference_mode(), conditioned(self.cross_attentions if special else (), latent=latent, regions=regions):
             latents: Tensor = noise.to(self.device) * sampler.init_noise_sigma
             for number, time in enumerate(sampler.timesteps, start=1):
                 if refine is not None:
@@ -338,7 +342,7 @@ class Pipeline:
         boxes = [RegionStates(self._halves(region, guided), region.box) for region in regions or ()]
         if not self.plain:
             scale = int(self._pipe.vae_scale_factor)
-            attentions = [self._unet.get_submodule(path) for path in self.cross_attention_layers] if boxes else ()
+            attentions = self.cross_attentions if boxes else ()
             for prompt in prompts:
                 self._warn_if_cut(prompt, self.text_length)
             with torch.inference_mode(), conditioned(attentions, latent=(pixels[0] // scale, pixels[1] // scale), regions=boxes):

@@ -97,10 +97,9 @@ def predict(pipeline: Pipeline, latents: Tensor, time: Tensor, states: Tensor, c
     for name, change in changes.items():
         weight = pipeline.base_weight(name)
         weights[f"{name.removeprefix('unet.')}.weight"] = (weight.float() + change.to(weight.device).view(weight.shape)).to(weight.dtype)
-    attentions = [pipeline.unet.get_submodule(path) for path in pipeline.cross_attention_layers]
     given = latents.to(pipeline.device, pipeline.dtype), time.to(pipeline.device)
     keywords = {"encoder_hidden_states": states.to(pipeline.device, pipeline.dtype), "return_dict": False}
-    with conditioned(attentions if states.ndim == 4 else (), latent=(latents.shape[2], latents.shape[3])):
+    with conditioned(pipeline.cross_attentions if states.ndim == 4 else (), latent=(latents.shape[2], latents.shape[3])):
         prediction: Tensor = torch.func.functional_call(pipeline.unet, weights, given, keywords)[0]
     return prediction.float()
 

@@ -179,7 +179,7 @@ def _gap(pipeline: Pipeline, writer: Writer, passes: Sequence[Pass], own: Change
             latents = inputs[0] if inputs else named["sample"]
             twice, twice_named = _twice(inputs, len(latents)), _twice(named, len(latents))
             layered = named["encoder_hidden_states"].ndim == 4
-            attentions = [pipeline.unet.get_submodule(path) for path in pipeline.cross_attention_layers] if layered else []
+            attentions = pipeline.cross_attentions if layered else []
             try:
                 with conditioned(attentions, latent=(latents.shape[2], latents.shape[3])):
                     pipeline.unet(*twice, **twice_named)

@@ -16,7 +16,7 @@ from loraclr.conditioning import Refine, conditioned
 from loraclr.errors import UsageError
 from loraclr.strategies.attention import SIDE, Watch, masks, saliency, watched
 from loraclr.strategies.cast import Cast
-from loraclr.strategies.scene import Scene, Script, attentions, check_maps, check_regions, check_words, in_box, latent_size
+from loraclr.strategies.scene import Scene, Script, check_maps, check_regions, check_words, in_box, latent_size
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class Clora:
         Script.of(cast, scene)
 
     def draw(self, cast: Cast, scene: Scene) -> Tensor:
-        script, layers, latent = Script.of(cast, scene), attentions(cast), latent_size(cast, scene)
+        script, layers, latent = Script.of(cast, scene), cast.pipeline.cross_attentions, latent_size(cast, scene)
         watch = Watch(latent, SIDE)
 
         def where(number: int, size: tuple[int, int]) -> Tensor:

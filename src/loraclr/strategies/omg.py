@@ -14,7 +14,7 @@ from loraclr.conditioning import conditioned
 from loraclr.errors import UsageError
 from loraclr.strategies.attention import SIDE, Watch, masks, saliency, watched
 from loraclr.strategies.cast import Cast
-from loraclr.strategies.scene import Scene, Script, attentions, check_maps, check_regions, check_words, in_box, latent_size
+from loraclr.strategies.scene import Scene, Script, check_maps, check_regions, check_words, in_box, latent_size
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Omg:
         Script.of(cast, scene)
 
     def draw(self, cast: Cast, scene: Scene) -> Tensor:
-        script, layers = Script.of(cast, scene), attentions(cast)
+        script, layers = Script.of(cast, scene), cast.pipeline.cross_attentions
         total = 1 if scene.regions else 2
 
         def run(stage: int) -> Tensor:
@@ -72,7 +72,7 @@ class Omg:
     def _look(self, cast: Cast, scene: Scene, script: Script, stage: Callable[[], Tensor]) -> Tensor:
         """(parts, h, w): attention to each part's noun, over all steps of stage 1."""
         watch = Watch(latent_size(cast, scene), SIDE)
-        with watched(attentions(cast), watch):
+        with watched(cast.pipeline.cross_attentions, watch):
             stage()
         maps = watch.take()  # steps and layers are averaged alike
         return torch.stack([saliency(maps[-1], script.spots[0][number]) for number in range(len(cast.parts))])

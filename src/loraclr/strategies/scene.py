@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Protocol
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -103,10 +103,6 @@ def in_box(region: Region, size: tuple[int, int]) -> Tensor:
     inside = torch.zeros(size[0] * size[1], dtype=torch.bool)
     inside[box_cells(region.box, *size)] = True
     return inside.view(size)
-
-
-def attentions(cast: Cast) -> list[Any]:
-    return [cast.pipeline.unet.get_submodule(path) for path in cast.pipeline.cross_attention_layers]
 
 
 def latent_size(cast: Cast, scene: Scene) -> tuple[int, int]:

@@ -85,7 +85,7 @@ class Student:
                 for module in part.modules():
                     stack.callback(setattr, module, "training", module.training)
                 part.eval()
-            attentions = [pipe.unet.get_submodule(path) for path in self.pipeline.cross_attention_layers]
+            attentions = self.pipeline.cross_attentions
             if self.bf16 and self.device.type == "cpu" and has_bfloat16(self.device):
                 _plain_attention(pipe, stack)
             if self._watch:
