@@ -354,6 +354,33 @@ def test_a_row_is_drawn_anew_when_what_makes_it_changes(tmp_path, monkeypatch):
     assert base == bench.row_key("base", results.replace(entry, recipe="lora"))  # needs no adapters
 
 
+@pytest.mark.parametrize(
+    ("method", "fit", "preserve"),
+    [
+        ("average", False, False),
+        ("loraclr", True, True),
+        ("loraclr:exact", True, False),
+        ("custom-diffusion", False, True),
+        ("loraclr-reference:paper", False, False),
+    ],
+)
+def test_other_prompts_make_another_row_where_the_method_asks_for_them(tmp_path, monkeypatch, method, fit, preserve):
+    import results
+
+    bench = results.Bench(tmp_path, tmp_path, 1)
+    monkeypatch.setattr(bench, "files", lambda entry: {})
+    entry, usual = results.Entry("edlora", method), results.collection_for
+    key = bench.merge_key(entry)
+    for asked, change in ((fit, {"fit": ("a {} at sea",)}), (preserve, {"preserve": ("a boat",)})):
+
+        def other(needs, change=change):
+            own = "fit" in change and {"rows", "short"} & needs  # the released code's prompts are its own
+            return usual(needs) if own else results.replace(usual(needs), **change)
+
+        monkeypatch.setattr(results, "collection_for", other)
+        assert (bench.merge_key(entry) != key) == asked
+
+
 def test_one_row_that_fails_does_not_take_the_others_with_it(tmp_path, monkeypatch, capsys):
     import results
 
