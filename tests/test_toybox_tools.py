@@ -107,7 +107,7 @@ def test_every_adapter_of_the_toybox_has_a_file_of_its_own(tmp_path):
     found = adapters.jobs(tmp_path, sets, [], 60, 0.5)
     assert len({job.path for job in found}) == len(found) > 24 * len(sets)
     shortened = {job.kind.changes["steps"] for job in found}
-    assert shortened == {110, 55}  # half of the toybox's 220, and of the short recipe's
+    assert shortened == {110, 20}  # half of the toybox's 220, and of the short recipe's
     assert {job.path.suffix for job in found} == {".pth", ".safetensors"}
 
 
