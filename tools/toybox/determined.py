@@ -59,7 +59,7 @@ def main() -> None:
         jobs = [pool.submit(run, arguments.adapters, method, prompts) for method in METHODS for prompts in PROMPTS]
         rows = [job.result() for job in jobs]
     arguments.out.write_text(json.dumps(rows, indent=1) + "\n")
-    print("| merge of the text encoder | " + " | ".join(f"{count} prompts: fit, held out" for count in PROMPTS) + " |")
+    print("| merge of the text encoder | " + " | ".join(f"{count} prompt{'s' * (count > 1)}: fit, held out" for count in PROMPTS) + " |")
     print(f"|---|{'---|' * len(PROMPTS)}")
     print("| rows beside inputs | " + " | ".join(f"{row['rows']} beside {row['in_features']}" for row in rows[: len(PROMPTS)]) + " |")
     for start in range(0, len(rows), len(PROMPTS)):
