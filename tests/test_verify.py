@@ -205,3 +205,14 @@ def test_what_is_asked_of_the_caller(files, tmp_path, shared):
     with pytest.raises(UsageError, match="--trigger silent=WORDS"):
         verify(path, [silent], base=shared, collection=SMALL)
     assert json.dumps([vars(one) for one in verify(path, files).concepts])
+
+
+def test_files_of_before_that_name_no_prompts_are_judged_by_the_prompts_of_then():
+    from loraclr.collect import FIT_TEMPLATES
+    from loraclr.verify import _collected
+
+    said = {"steps": 8, "spatial": 3, "padded": False, "precision": "float32"}
+    found = _collected({"method": "loraclr", "seed": 0, "collection": said}).fit
+    assert found[:3] == ("a photo of a {}", "a {}", "a portrait of a {} on a beach") and sorted(found) == sorted(FIT_TEMPLATES)
+    assert _collected({"method": "loraclr", "seed": 0, "collection": {**said, "fit": ["a {}"]}}).fit == ("a {}",)
+    assert _collected({"method": "gradient-fusion", "seed": 0, "collection": said}).fit == ("photo of a {}", "{}")

@@ -34,6 +34,7 @@ FIT_TEMPLATES = (
     "a smiling {} wearing a yellow blazer", "a picture of a {} with a cat", "an angry {} in a house", "a poster of a {}",
     "a {} in a desert wearing a white hoodie", "a black and white photo of a {}", "pixel art of a {} in a city",
 )  # fmt: skip
+FORMERLY = (0, 3, 4, 5, 6, 7, 1, *range(8, 21), 2, 21, 22, 23)  # of these, in the order that files of version 0.1 mean if they name none
 HELD_OUT_TEMPLATES = ("a photo of a {} at night", "a picture of a {} wearing a blue hoodie in a field")
 PRESERVE_PROMPTS = (
     "", "a photo of a woman", "a photo of a man", "a woman on a beach", "a man in a forest", "a portrait of a woman in a city",

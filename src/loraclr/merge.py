@@ -122,8 +122,8 @@ class MergeResult:
 
     @property
     def _told(self) -> tuple[str, ...]:
-        """What a file's header says of the collection: the prompts only where they are not ours."""
-        usual = self.collection is None or tuple(self.collection["fit"]) in (Collection().fit, PAPER.fit)
+        """What a file's header says of the collection: the prompts, as ours change, but not the released code's."""
+        usual = self.collection is None or tuple(self.collection["fit"]) == PAPER.fit
         return TOLD if usual else (*TOLD, "fit")
 
     @property
