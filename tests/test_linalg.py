@@ -86,6 +86,49 @@ def test_lowest_rank_finds_the_rank_behind_stacked_copies():
     assert linalg.lowest_rank(up, torch.zeros(2, 7))[0].shape == (9, 0)
 
 
+def test_what_a_cut_loses_is_right_where_factors_undo_each_other():
+    """`up` undoes most of `down`, each step of whose Cholesky factor looks harmless: squares would tell what is lost to 1 % only."""
+    k, rank = 28, 14
+    lower = torch.eye(k, dtype=torch.float64) - torch.ones(k, k, dtype=torch.float64).tril(-1)
+    columns, rows = (torch.linalg.qr(draw(40, k))[0] for _ in range(2))
+    values = torch.linspace(1, 0.5, k, dtype=torch.float64)
+    up, down = columns * values @ torch.linalg.inv(lower), lower @ rows.T
+    assert linalg._leading(up, down, rank) is None
+    exact = float(values[rank:].norm() / values.norm())
+    assert linalg.truncate(up, down, rank).lost == pytest.approx(exact, rel=1e-6)
+
+
+@pytest.mark.parametrize(("least", "rank"), [(1e-2, 4), (1e-6, 4), (1e-6, 2)])
+def test_small_singular_values_are_not_found_from_their_squares(least, rank):
+    """What is cut, or what is kept last, beside 1."""
+    values = torch.tensor([1.0, 0.5] + [least] * 4, dtype=torch.float64)
+    left, right = (torch.linalg.qr(draw(12, 6))[0] for _ in range(2))
+    cut, dense = linalg._leading(left * values, right.T, rank), linalg.truncate_dense(left * values @ right.T, rank)
+    assert (cut is not None) == (least == 1e-2)
+    exact = float(values[rank:].norm() / values.norm())
+    for found in (dense, linalg.truncate(left * values, right.T, rank)):
+        assert found.lost == pytest.approx(exact, rel=1e-8)
+
+
+def test_a_column_that_rounds_to_nothing_is_dropped():
+    up = torch.eye(20, 2, dtype=torch.float64) * torch.tensor([1, 1e-20])
+    assert linalg.lowest_rank(up, torch.eye(2, 15))[0].shape == (20, 1)
+
+
+def test_columns_that_cancel_in_part_are_no_factors_for_float16():
+    q, z, near = torch.linalg.qr(draw(20, 2))[0].T, torch.linalg.qr(draw(15, 2))[0].T, 0.11
+    up = torch.stack([q[0], near * q[1] - (1 - near**2) ** 0.5 * q[0]], 1)
+    down = torch.stack([z[0], z[0] + 1.1e-5 * z[1]])
+    thin = linalg.lowest_rank(up, down)
+    assert relative(thin[0].half().double() @ thin[1].half().double(), up @ down) < 1e-3
+
+
+def test_stacked_factors_that_are_well_apart_are_kept_as_they_are():
+    up, down = draw(200, 6), draw(6, 150)
+    thin = linalg.lowest_rank(up, down)
+    assert torch.allclose(thin[0] * (up.norm(dim=0) / thin[0].norm(dim=0)), up) and relative(thin[0] @ thin[1], up @ down) < 1e-14
+
+
 @pytest.mark.parametrize("nearly", ["neither", "up", "down", "both"])
 def test_lowest_factors_survive_float16(nearly):
     """Columns that cancel each other would not: they are told apart by their singular values."""

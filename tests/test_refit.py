@@ -63,6 +63,8 @@ def test_where_nothing_is_missing_nothing_changes():
     assert torch.equal(found.delta(), before) and found.diagnostics["left"] == 0
     with pytest.raises(MergeError, match="no concept-free prompts"):
         Loraclr(**SETTINGS, rounds=2).refit(problem, before, gaps.items())
+    with pytest.raises(MergeError, match=f"what {problem.concepts[0]} lacks"):
+        Loraclr(**SETTINGS, rounds=2).refit(problem, before, [*gaps.items(), (None, next(iter(gaps.values())))][1:])
 
 
 def test_sums_of_two_runs_add_and_nan_is_refused():

@@ -360,8 +360,8 @@ def test_a_row_is_drawn_anew_when_what_makes_it_changes(tmp_path, monkeypatch):
         ("average", False, False),
         ("loraclr", True, True),
         ("loraclr:exact", True, False),
-        ("custom-diffusion", False, True),
-        ("loraclr-reference:paper", False, False),
+        ("custom-diffusion", True, True),
+        ("loraclr-reference:paper", True, False),
     ],
 )
 def test_other_prompts_make_another_row_where_the_method_asks_for_them(tmp_path, monkeypatch, method, fit, preserve):
@@ -372,13 +372,17 @@ def test_other_prompts_make_another_row_where_the_method_asks_for_them(tmp_path,
     entry, usual = results.Entry("edlora", method), results.collection_for
     key = bench.merge_key(entry)
     for asked, change in ((fit, {"fit": ("a {} at sea",)}), (preserve, {"preserve": ("a boat",)})):
-
-        def other(needs, change=change):
-            own = "fit" in change and {"rows", "short"} & needs  # the released code's prompts are its own
-            return usual(needs) if own else results.replace(usual(needs), **change)
-
-        monkeypatch.setattr(results, "collection_for", other)
+        monkeypatch.setattr(results, "collection_for", lambda needs, change=change: results.replace(usual(needs), **change))
         assert (bench.merge_key(entry) != key) == asked
+
+
+def test_the_study_s_table_has_whole_numbers_and_gaps():
+    import study
+
+    row = {"identity": 0.975, "named": 1.0, "told": 0.9}
+    lines = study.table({"single": row, "cut": {**row, "held_out": 12.261, "error": 0.3, "merge_seconds": 20.5}}).splitlines()
+    assert lines[2] == "| single | 0.975 | - | 1.00 | .90 | - | - | - |"
+    assert lines[3] == "| cut | 0.975 | - | 1.00 | .90 | 12.261 | .300 | 20 |"
 
 
 def test_one_row_that_fails_does_not_take_the_others_with_it(tmp_path, monkeypatch, capsys):

@@ -18,8 +18,8 @@ from loraclr.errors import NumericalError
 
 JITTER = (1e-12, 1e-10, 1e-8)  # times the mean diagonal, tried in turn
 BLOCK = 64  # columns of a Gram computed at a time: more are hardly faster, and store more of the half that is not needed
-CLEAR = 1e-3  # singular values above this share of the largest are exact to 1e-10 also where they are found from their squares
-APART, INDEPENDENT = 0.1, 1e-5  # of a column's length, from what the others span: far from it, and further than rounding
+CLEAR = 1e-6  # squared singular values above this share of the factors' own are exact to 1e-10 in spite of being squared
+APART, INDEPENDENT = 0.25, 1e-5  # of a column's length, from what the others span: far from it, and further than rounding
 NULL = 1e-12  # eigenvalues of a Gram below this share of the largest are rounding, not signal
 
 
@@ -119,25 +119,26 @@ def truncate(up: Tensor, down: Tensor, rank: int) -> Truncation:
 
 def _leading(up: Tensor, down: Tensor, rank: int) -> Truncation | None:
     """`truncate` by an eigendecomposition of up^T up and down down^T (k, k), a third of the time. It squares singular values: None where
-    those that matter are too small for that."""
+    those that matter are too small for that, beside factors that cancel each other or by themselves."""
     if not 0 < rank < up.shape[1]:
         return None
-    lower, info = torch.linalg.cholesky_ex(down @ down.T)
-    sizes = lower.diagonal()
-    if int(info) or not bool(sizes.min() > CLEAR * sizes.max()):
+    left, right = up.T @ up, down @ down.T
+    lower, info = torch.linalg.cholesky_ex(right)
+    if int(info):
         return None
-    values, vectors = torch.linalg.eigh(lower.T @ (up.T @ up) @ lower)  # of D D^T = (up lower) (up lower)^T
-    lost = _cut(values, rank)
+    values, vectors = torch.linalg.eigh(lower.T @ left @ lower)  # of D D^T = (up lower) (up lower)^T
+    lost = _cut(values, rank, size=left.norm() * right.norm())
     if lost is None:
         return None
-    basis = torch.linalg.qr(up @ (lower @ vectors[:, -rank:]))[0]
+    basis = torch.linalg.qr(up @ (lower @ vectors[:, -rank:].flip(1)))[0]
     return _balanced(basis, (basis.T @ up) @ down, lost)
 
 
-def _cut(values: Tensor, rank: int) -> float | None:
-    """What a cut to the last `rank` of these squared singular values loses; None where their rounding matters."""
-    lost = _share(values[:-rank].clamp(min=0).sum(), values.clamp(min=0).sum())
-    return lost if lost > CLEAR and bool(values[-rank] > CLEAR**2 * values[-1]) else None
+def _cut(values: Tensor, rank: int, *, size: Tensor) -> float | None:
+    """What a cut to the last `rank` of these ascending squared singular values loses. They are wrong by the rounding of `size`, the norm of
+    what they were computed from: None where that matters to what is cut, which is less than what is kept."""
+    cut = values[:-rank].clamp(min=0).sum()
+    return _share(cut, values.clamp(min=0).sum()) if bool(cut > CLEAR * size) else None
 
 
 def _balanced(up: Tensor, down: Tensor, lost: float = 0.0) -> Truncation:
@@ -150,29 +151,40 @@ def lowest_rank(up: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
     """The same product with the fewest columns, both factors equally large in every column: singular values that are zero up to float64
     rounding are dropped.
 
-    Where the columns of one factor are well apart and those of the other independent, none can be spared, and none cancels what others
-    add: they are kept as they are.
+    Where the columns of one factor are well apart and those of the other independent, none can be spared, and none cancels much of what
+    others add: they are kept as they are, in their order.
     """
     up, down = up.to(torch.float64), down.to(torch.float64)
-    left = _apart(up)
-    if left > INDEPENDENT:
-        right = _apart(down.T)
-        if min(left, right) > INDEPENDENT and max(left, right) > APART:
-            return _balanced(up, down)[:2]
+    if _all_needed(up, down):
+        return _balanced(up, down)[:2]
     u, s, vh = svd_of_product(up, down)
     rank = int((s > _rounding(up.shape[0], down.shape[1]) * s.max()).sum()) if len(s) else 0
     root = s[:rank].sqrt()
     return u[:, :rank] * root, root[:, None] * vh[:rank]
 
 
+def _all_needed(up: Tensor, down: Tensor) -> bool:
+    """Whether no column of `up` with its row of `down` can be spared. The least singular value of k unit columns is at least the least of
+    their distances from what the others span, divided by the square root of k; the largest is at most that root."""
+    left = _apart(up)
+    right = _apart(down.T) if left > INDEPENDENT else 0.0
+    if min(left, right) <= INDEPENDENT or max(left, right) <= APART:
+        return False
+    sizes = up.norm(dim=0) * down.norm(dim=1)
+    return float(left * right * sizes.min() / (len(sizes) ** 2 * sizes.max())) > _rounding(up.shape[0], down.shape[1])
+
+
 def _apart(columns: Tensor) -> float:
-    """The least distance of a column from what the columns before it span, as a share of its length; 0 where one is nearly there."""
+    """The least distance of a column from what the others span, as a share of its length; 0 where one is nearly there."""
     if not 0 < columns.shape[1] <= columns.shape[0]:
         return 0.0
     square = columns.T @ columns
     size = square.diagonal().sqrt()
     lower, info = torch.linalg.cholesky_ex(square / size / size[:, None])
-    return 0.0 if int(info) else float(lower.diagonal().min().nan_to_num())
+    if int(info):
+        return 0.0
+    inverse = torch.linalg.solve_triangular(lower, torch.eye(len(lower), dtype=lower.dtype, device=lower.device), upper=False)
+    return float((1 / inverse.norm(dim=0).max()).nan_to_num())
 
 
 def factor(change: Tensor) -> tuple[Tensor, Tensor]:
@@ -182,15 +194,17 @@ def factor(change: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def truncate_dense(change: Tensor, rank: int) -> Truncation:
-    """The same of a dense (out, in), cut to its best approximation of rank `rank` where its own is higher. One decomposition either way."""
+    """The same of a dense (out, in), cut to its best approximation of rank `rank` where its own is higher: by eigenvalues of its smaller
+    Gram matrix, a third of the time, but where squares are too small for that."""
     change = change.to(torch.float64)
     out, width = change.shape
     if 0 < rank < min(out, width):
-        tall = change.T if out > width else change
-        values, vectors = torch.linalg.eigh(tall @ tall.T)
-        lost = _cut(values, rank)
+        square = change @ change.T if out <= width else change.T @ change
+        values, vectors = torch.linalg.eigh(square)
+        lost = _cut(values, rank, size=square.norm())
         if lost is not None:
-            basis = vectors[:, -rank:] if tall is change else torch.linalg.qr(change @ vectors[:, -rank:])[0]
+            leading = vectors[:, -rank:].flip(1)
+            basis = leading if out <= width else torch.linalg.qr(change @ leading)[0]
             return _balanced(basis, basis.T @ change, lost)
     u, s, vh = torch.linalg.svd(change, full_matrices=False)
     own = int((s > _rounding(*change.shape) * s.max()).sum())

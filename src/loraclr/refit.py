@@ -87,9 +87,9 @@ def refitted(
     with torch.inference_mode(), pipeline.applied(earlier), pipeline.with_tokens(tokens):
         visits = _in_order(pipeline, _writers(pipeline, names)) * (method.rounds - 1)
         for index, concept in enumerate(concepts):
-            tell("every adapter's own run once more", index / len(concepts))
             own = {name: layer for name, layer in concept.adapter.layers.items() if name in set(names)}, concept.weight
             runs[concept.name] = own, _passes(pipeline, concept.said(settings.fit[: settings.spatial]), settings, LATENTS["fit"], own)
+            tell("every adapter's own run once more", (index + 1) / len(concepts))
         if free := list(settings.preserve)[: settings.spatial_preserve]:
             runs[None] = ({}, 1.0), _passes(pipeline, free, settings, LATENTS["preserve"], ({}, 1.0))
     for index, writer in enumerate(visits):
@@ -97,11 +97,13 @@ def refitted(
 
         def gap(own: Changes, passes: Sequence[Pass], writer: Writer = writer, now: Mapping[str, Layer] = now) -> Gap:
             half = loading.half(pipeline.device, settings.precision == "bfloat16")
-            with torch.inference_mode(), pipeline.applied(earlier), half:  # the prompts' states are in the passes
+            with torch.inference_mode(), half:  # the prompts' states are in the passes
                 return _gap(pipeline, writer, passes, own, now)
 
         one, before = problem(writer.layer), merged[writer.layer].delta().double().flatten(1)
-        yield one, method.refit(one, before, ((name, gap(own, passes)) for name, (own, passes) in runs.items()))
+        with pipeline.applied(earlier):
+            solution = method.refit(one, before, ((name, gap(own, passes)) for name, (own, passes) in runs.items()))
+        yield one, solution
         tell("catching up with the adapters, block after block", (index + 1) / len(visits))
 
 

@@ -1,8 +1,8 @@
 """What an over-determined text stage does to each method: `python determined.py ADAPTERS OUT.json`, ADAPTERS with twelve files.
 
-Only the text encoder's layers are merged, from more and more prompts: `rows` of all concepts together beside the layers' `in_features`
-(the mean over layers, of each layer's smallest number). Below one row per input a merge can meet every target on what it saw; above it
-cannot, and what it does between the prompts is tested. `fit` and `held_out` are mean relative residuals, 0 the adapter's own outputs, 1
+Only the text encoder's layers are merged, from more and more prompts: `rows` of all concepts together (the least of all
+layers) beside the layers' `in_features` (their mean). Below one row per input all targets could be met on what was seen; above it they
+cannot. `fit` and `held_out` are mean relative residuals, 0 the adapter's own outputs, 1
 the base's; held-out prompts are the default collection's and share no template with any that is fitted to.
 """
 

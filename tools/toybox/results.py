@@ -137,9 +137,8 @@ class Bench:
         if not noted.exists():
             began, held = time.process_time(), forget_peak()
             result = merge(
-                list(self.files(entry).values()), base=self.pipeline, method=entry.method, parameters=entry.parameters,
-                collection=collection_for(make_method(entry.method, **entry.parameters).needs), name="merged",
-            )  # fmt: skip
+                list(self.files(entry).values()), base=self.pipeline, method=entry.method, parameters=entry.parameters, name="merged"
+            )
             told = {"merge_seconds": round(time.process_time() - began, 1), "rank": max((layer.rank for layer in result.layers), default=0)}
             told["merge_megabytes"] = round((peak() - held) / 1e6)
             told |= {"hinge": share_active(result.layers)} if entry.needs_statistics else {}
@@ -178,7 +177,7 @@ class Bench:
 
 
 def collected(entry: Entry) -> Collection | None:
-    """What the entry's merge collects, as far as its method asks for it."""
+    """What the entry's merge collects, as far as its method asks for it: what `merge` does without a `collection`."""
     needs = make_method(entry.method, **entry.parameters).needs
     if not {"statistics", "sample", "preserve", "predictions"} & needs:
         return None

@@ -26,6 +26,8 @@ import torch
 from attended import attended
 from fidelity import errors
 from measure import concept_pictures, concept_scores, factors, row
+from rows import number
+from table import share
 from world import identities
 
 from loraclr.adapter import STAGES, Adapter, DenseLayer, LoraLayer, stage_of
@@ -219,9 +221,9 @@ def table(done: Mapping[str, Mapping[str, Any]]) -> str:
     heads = ("merge of 12", "identity", "paired, to alone (95 %)", "right person", "prompt", "held-out residual", "error", "s")
     lines = [f"| {' | '.join(heads)} |", f"|{'---|' * len(heads)}"]
     for name, told in done.items():
-        apart = "{:+.3f} ({:+.3f} to {:+.3f})".format(*told["against_single"]).replace("0.", ".") if name != "single" else "-"
-        shares = [f"{told[key]:.2f}".removeprefix("0") for key in ("named", "told")]
-        notes = [f"{told[key]:.3f}".replace("0.", ".", 1) if key in told else "-" for key in ("held_out", "error")]
+        apart = "{:+.3f} ({:+.3f} to {:+.3f})".format(*told["against_single"]).replace("0.", ".") if "against_single" in told else "-"
+        shares = [share(told[key]) for key in ("named", "told")]
+        notes = [number(told[key]) if key in told else "-" for key in ("held_out", "error")]
         seconds = f"{told['merge_seconds']:.0f}" if "merge_seconds" in told else "-"
         lines.append(f"| {name} | {told['identity']:.3f} | {apart} | {' | '.join([*shares, *notes, seconds])} |")
     return "\n".join(lines)

@@ -151,22 +151,27 @@ class Loraclr(Checked):
         B is the change `before`, X' are the merged model's inputs, E what the hidden states behind the layer lack of those of the adapter's
         own run. `gaps` are those of every concept in turn and, under None, of the prompts without any (i = 0, beside the base's own run);
         one at a time is held. `left` is the part of the concepts' sum_i a_i ||E_i||^2 that is then still missing, before any cut to a rank.
+        Raises MergeError where gaps are missing.
         """
         number, wide = len(problem.concepts), (problem.width, problem.width)
         loud = dict(zip(problem.concepts, self.importance or (1.0,) * number, strict=True))
         seen, wanted = torch.zeros(wide, dtype=torch.float64), torch.zeros_like(before)
         free = free_wanted = torch.zeros((), dtype=torch.float64)
-        missing, counted, guarded = 0.0, 0, False
+        missing, counted, lacking = 0.0, 0, {*problem.concepts, None}
         for name, gap in gaps:
+            lacking.discard(name)
             share = (self.preservation * number if name is None else loud[name]) / (gap.count if self.normalise else 1)
             if name is None:
-                free, free_wanted, guarded = share * gap.square, share * gap.cross, True
+                free, free_wanted = share * gap.square, share * gap.cross
             else:
                 seen.add_(gap.square, alpha=share)
                 wanted.add_(gap.cross, alpha=share)
                 missing, counted = missing + share * gap.size, counted + gap.count
-        if self.preservation > 0 and not guarded:
+            del gap  # before the next is made
+        if self.preservation > 0 and None in lacking:
             raise MergeError(f"{problem.layer}: no concept-free prompts were run; collect some, or set preservation=0")
+        if unseen := [name for name in problem.concepts if name in lacking]:
+            raise MergeError(f"{problem.layer}: nothing says what {', '.join(unseen)} lacks behind it; run every adapter of the merge")
         mu = self.ridge * float(seen.trace()) / problem.width
         square = seen + free
         more = linalg.ridge_solve(wanted + free_wanted, square, mu)
