@@ -136,7 +136,7 @@ def _leading(up: Tensor, down: Tensor, rank: int) -> Truncation | None:
 
 def _cut(values: Tensor, rank: int, *, size: Tensor) -> float | None:
     """What a cut to the last `rank` of these ascending squared singular values loses. They are wrong by the rounding of `size`, the norm of
-    what they were computed from: None where that matters to what is cut, which is less than what is kept."""
+    what they were computed from: None where that matters to the smaller ones, those that are cut."""
     cut = values[:-rank].clamp(min=0).sum()
     return _share(cut, values.clamp(min=0).sum()) if bool(cut > CLEAR * size) else None
 
