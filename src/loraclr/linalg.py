@@ -19,7 +19,7 @@ from loraclr.errors import NumericalError
 JITTER = (1e-12, 1e-10, 1e-8)  # times the mean diagonal, tried in turn
 BLOCK = 64  # columns of a Gram computed at a time: more are hardly faster, and store more of the half that is not needed
 CLEAR = 1e-6  # squared singular values above this share of the factors' own are exact to 1e-10 in spite of being squared
-APART, INDEPENDENT = 0.25, 1e-5  # of a column's length, from what the others span: far from it, and further than rounding
+APART, INDEPENDENT = 0.15, 1e-5  # of a column's length, from what the others span: far from it, and further than rounding
 NULL = 1e-12  # eigenvalues of a Gram below this share of the largest are rounding, not signal
 
 
