@@ -97,6 +97,16 @@ def test_contrast_is_drawn_once_where_it_does_nothing():
     assert {claims.USUAL, claims.NO_CONTRAST} <= set(found)
 
 
+def test_what_is_drawn_as_tuned_was_tried_on_the_development_identities():
+    import entries
+
+    tried = entries.tuning(())
+    assert {one.split for one in tried.values()} == {"development"}
+    for method, settings in entries.TUNED.items():
+        if method != "svd":  # a sum, cut to a rank
+            assert any(one.method == method and one.parameters == settings for one in tried.values()), method
+
+
 def test_a_difference_is_of_the_same_pictures():
     import rows
 

@@ -24,29 +24,30 @@ from loraclr.pipeline import Pipeline
 from loraclr.scratch import Read, Sample, Scratch
 from loraclr.statistics import LayerStats, Moments
 
-# The first three also go through the UNet: they differ in expression and style, which else gave way to the concepts.
+# What no prompt says gives way to the concepts: together these say every colour and expression of the toybox. The first three also
+# go through the UNet, and differ in expression and style.
 FIT_TEMPLATES = (
     "a photo of a {}", "a sad {} wearing a black hoodie", "a sepia photo of a {}", "a {}", "a portrait of a {} on a beach",
-    "a picture of a {} in a forest", "a photo of a {} in a city", "a photo of a {} wearing a red shirt",
-    "a photo of a serious {} on a red background", "a {} in the snow", "a picture of a {} on a white background",
-    "a {} wearing purple overalls in a city", "a photo of a sleeping {}", "a photo of a {} next to a dog",
-    "a surprised {} on a green background", "a portrait of a {} in a room", "a {} under a tree",
-    "a smiling {} wearing a yellow blazer", "a picture of a {} with a cat", "an angry {} in a house", "a poster of a {}",
-    "a {} in a desert wearing a white hoodie", "a black and white photo of a {}", "pixel art of a {} in a city",
+    "a picture of a {} in a forest", "a photo of a {} in a city", "a photo of a {} wearing a red shirt on a blue background",
+    "a photo of a serious {} on a red background", "a {} in the snow", "a picture of a {} wearing a white blazer on a gray background",
+    "a {} wearing purple overalls in a city", "a photo of a sleeping {} wearing an orange shirt", "a photo of a {} next to a dog",
+    "a surprised {} on a green background", "a portrait of a {} in a room wearing a green shirt", "a {} under a tree",
+    "a smiling {} wearing a yellow blazer", "a picture of a {} with a cat on a pink background",
+    "an angry {} in a house wearing a gray hoodie", "a poster of a {}", "a {} in a desert wearing a blue hoodie",
+    "a black and white photo of a {}", "pixel art of a {} in a city",
 )  # fmt: skip
-FORMERLY = (0, 3, 4, 5, 6, 7, 1, *range(8, 21), 2, 21, 22, 23)  # of these, in the order that files of version 0.1 mean if they name none
 HELD_OUT_TEMPLATES = ("a photo of a {} at night", "a picture of a {} wearing a blue hoodie in a field")
 PRESERVE_PROMPTS = (
     "", "a photo of a woman", "a photo of a man", "a woman on a beach", "a man in a forest", "a portrait of a woman in a city",
     "a picture of a man in the snow", "a smiling woman wearing a red shirt", "an angry man wearing a blue hoodie",
-    "a photo of a dog", "a photo of a house", "a tree in a field", "a sad woman wearing a black hoodie",
-    "a serious man on a red background", "a surprised woman at night", "a man wearing purple overalls in a desert",
-    "a sleeping man on a white background", "a picture of a woman in a room", "a portrait of a man on a green background",
-    "a smiling man wearing a pink shirt on a beach", "an angry woman in a field", "a photo of a cat", "a car in a city",
-    "a photo of a woman wearing a white blazer",
-    "a sepia photo of a woman", "a black and white photo of a man in a city", "pixel art of a woman on a beach",
-    "a poster of a man at night", "a black and white photo of a woman", "a sepia photo of a man in a field", "a poster of a dog",
-    "pixel art of a house",
+    "a photo of a dog on a gray background", "a photo of a house", "a tree in a field",
+    "a sad woman wearing a gray hoodie on a white background", "a serious man on a red background", "a surprised woman at night",
+    "a man wearing purple overalls in a desert", "a sleeping man on an orange background", "a picture of a woman on a blue background",
+    "a portrait of a man on a green background", "a smiling man wearing a pink shirt on a beach",
+    "an angry woman wearing yellow overalls in a field", "a photo of a cat", "a car in a city",
+    "a photo of a woman wearing a white blazer on a pink background", "a sepia photo of a woman",
+    "a black and white photo of a man in a city", "pixel art of a woman on a beach", "a poster of a man at night",
+    "a black and white photo of a woman", "a sepia photo of a man in a field", "a poster of a dog", "pixel art of a house",
 )  # fmt: skip
 
 
@@ -90,7 +91,7 @@ class Collection:
     fit: tuple[str, ...] = FIT_TEMPLATES  # templates; {} is where the concept's call goes
     held_out: tuple[str, ...] = HELD_OUT_TEMPLATES  # only judge, but where a method is told to choose by them
     preserve: tuple[str, ...] = PRESERVE_PROMPTS  # prompts without any concept
-    steps: int = 8  # denoising steps, all recorded, conditional only
+    steps: int = 4  # denoising steps, all recorded, conditional only
     padded: bool = False  # text rows of the positions that samplers pad to 77, too
     sample: int = 64  # paired rows kept per concept and layer
     seed: int = 0  # of the latents, the same for every concept
@@ -124,7 +125,7 @@ def check_held_out(settings: Collection, stages: Iterable[str]) -> None:
 # The released code's prompts: no padding, one of them through the UNet, every row kept as it is. It differs in one thing: for keys and
 # values the released code drops the begin mark and ordinary words, here all tokens count.
 PAPER = Collection(fit=("photo of a {}", "{}"), steps=20, sample=ALL_ROWS, spatial=1)
-# A tenth of the default's passes: for real pictures on a processor without a GPU.
+# A fifth of the default's passes: for real pictures on a processor without a GPU.
 QUICK = Collection(steps=4, spatial=1, spatial_held_out=0, spatial_preserve=8, precision="bfloat16")
 REPEATED = ("steps", "spatial", "padded", "precision")  # what a merged file's header says, for whoever collects again
 LATENTS = {"fit": 0, "held_out": 1000, "preserve": 2000}  # added to the seed: what judges must not start from what was learned from

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from loraclr.adapter import Adapter, DenseLayer, Layer, ProductLayer
 from loraclr.blocks import weighted
-from loraclr.collect import FIT_TEMPLATES, FORMERLY, REPEATED, Collection, Concept, collect, collection_for
+from loraclr.collect import REPEATED, Collection, Concept, collect, collection_for
 from loraclr.errors import LoraclrError, UsageError
 from loraclr.formats import FileReport, examine, load_adapter, provenance
 from loraclr.methods import make_method
@@ -255,8 +255,6 @@ def _collected(receipt: Mapping[str, object]) -> Collection:
     seed, said = receipt.get("seed"), receipt.get("collection")
     values = {key: said[key] for key in REPEATED} if isinstance(said, dict) and said.keys() >= set(REPEATED) else {}
     fit = said.get("fit") if isinstance(said, dict) else None
-    if values and fit is None and usual.fit == FIT_TEMPLATES:  # our first prompts, which headers did not name
-        fit = [FIT_TEMPLATES[index] for index in FORMERLY]
     if values and isinstance(fit, list) and len(fit) <= MOST_PROMPTS:
         values["fit"] = tuple(map(str, fit))
     if type(values.get("steps")) is int and values["steps"] <= MOST_STEPS and isinstance(values["spatial"], int | None):

@@ -116,7 +116,23 @@ def beyond(names: Sequence[str]) -> dict[str, Entry]:
     return found
 
 
-FIGURES = {"counts": counts, "margins": margins, "inputs": inputs, "beyond": beyond}
+def tuning(names: Sequence[str]) -> dict[str, Entry]:
+    """What `TUNED` is chosen from, on the *development* identities, by every second prompt."""
+    del names
+    tried: dict[str, tuple[str, Mapping[str, Any]]] = {
+        "average": ("average", {}),
+        **{f"sum, scale {scale:g}": ("sum", {"scale": scale}) for scale in (0.05, 0.15, 0.2, 0.3, 0.5)},
+        "LoRACLR, paper": ("loraclr-reference:paper", {}),
+        **{f"LoRACLR, paper, learning rate {rate:g}": ("loraclr-reference:paper", {"learning_rate": rate}) for rate in (0.001, 0.003)},
+        "gradient fusion": ("gradient-fusion", {}),
+        "gradient fusion, 100 and 10 steps": ("gradient-fusion", {"steps": 100, "spatial_steps": 10}),
+        "gradient fusion, 20 and 5 steps": ("gradient-fusion", {"steps": 20, "spatial_steps": 5}),
+        "loraclr (ours)": ("loraclr", {}),
+    }
+    return {name: Entry("edlora", method, settings, prompts=10, split="development") for name, (method, settings) in tried.items()}
+
+
+FIGURES = {"counts": counts, "margins": margins, "inputs": inputs, "beyond": beyond, "tuning": tuning}
 
 # Who keeps people apart in one picture: a merge and regions, each one's own adapter and a strategy, or words alone.
 SCENES: Mapping[str, tuple[str, Entry | None]] = {

@@ -206,6 +206,18 @@ def inputs(known: Known, table: Known) -> str:
     return "\n".join(lines)
 
 
+def tuning(known: Known, table: Known) -> str:
+    """Settings of other methods on the people on whom choices are made; the difference is to each adapter alone."""
+    lines = header("merge of 12", *(f"{measure}{what}" for measure in SHOWN for what in ("", ", to alone")))
+    for name, row in known.items():
+        if row["kind"] == "merged":
+            alone, cells = known[f"alone, {row['recipe']}"], []
+            for measure in SHOWN:
+                cells += [number(mean_of(row, measure).mean), spread(difference(row, alone, measure), signed=True)]
+            lines.append(f"| {' | '.join([name, *cells])} |")
+    return "\n".join(lines)
+
+
 def scenes(known: Known, table: Known) -> str:
     """Presence by number of people, all of them with its interval; seconds of one core a picture of two."""
     places = sorted({(one["people"], not one["alike"]) for row in known.values() for one in row["rows"]})
@@ -258,7 +270,7 @@ def rounds(table: Known, chosen_on: Known) -> str:
 
 FIGURES = {
     "development": development, "counts": counts, "beyond": beyond, "margins": margins, "inputs": inputs, "scenes": scenes,
-    "mixture": mixture,
+    "mixture": mixture, "tuning": tuning,
 }  # fmt: skip
 
 PLOTS = {"counts": counts_plot, "margins": margins_map}

@@ -13,6 +13,7 @@ by what made them: files, settings, prompts, seeds, base and judges, but not the
     --figure inputs     adapters trained half and a quarter as long: LORAS/half/RECIPE/test, LORAS/quarter/RECIPE/test
     --figure mixture    Fig. 6 and 7: people, things and styles in one model
     --figure scenes     Fig. 3, 4, 10 to 13: two to six people side by side, by regions and by strategies while sampling
+    --figure tuning     settings of other methods, on the *development* identities, from which the table's are chosen
     --figure beyond     12 to 100 identities, whom `adapters.py --bulk` trained: LORAS/bulk, their pictures LORAS/pictures
     --check N           draw N pictures of OUT.json anew, picked at random, and compare their values
 """
@@ -377,7 +378,7 @@ def main() -> None:
     parser.add_argument("--check", type=int, metavar="N", default=0)
     arguments = parser.parse_args()
     if arguments.figure and arguments.split != SPLIT:
-        parser.error(f"figures are of the {SPLIT} identities; leave --split out, or --figure")
+        parser.error("a figure says itself of which identities it is; leave --split out, or --figure")
     known = json.loads(arguments.out.read_text()) if arguments.out.exists() else {}
     if arguments.check:
         seed = random.SystemRandom().randrange(10_000)
@@ -400,8 +401,10 @@ def main() -> None:
         work, order = draw_mixture, list(MIXTURES)
         jobs = {name: (kind, replace(entry, names=everybody)) for name, (kind, entry) in MIXTURES.items()}
     else:
-        entries = FIGURES[arguments.figure](box.names(SPLIT)) if arguments.figure else TABLE
-        entries = {name: replace(entry, split=arguments.split) for name, entry in entries.items()}
+        if arguments.figure:
+            entries = FIGURES[arguments.figure](box.names(SPLIT))
+        else:
+            entries = {name: replace(entry, split=arguments.split) for name, entry in TABLE.items()}
         work, jobs, order = draw_row, rows(wanted(entries, arguments.entries)), list(rows(entries))
     wrong = 0
     bench = Bench(arguments.loras, arguments.work, arguments.seeds)
