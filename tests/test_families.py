@@ -206,7 +206,7 @@ def test_methods_that_run_the_unet_by_themselves_refuse_other_families_at_once(m
 @pytest.mark.parametrize(("family", "able"), [("sd2", True), ("sdxl", True), ("sd3", False), ("flux", False), ("pixart", False)])
 def test_a_further_round_is_for_unets_and_refused_elsewhere_before_any_work(family, able, monkeypatch):
     pipeline = Pipeline(twin(family))
-    given = {"base": pipeline, "method": "loraclr:thorough", "calls": {"ada": "ada", "ben": "ben"}, "collection": SMALL}
+    given = {"base": pipeline, "method": "loraclr", "parameters": {"rounds": 2}, "calls": {"ada": "ada", "ben": "ben"}, "collection": SMALL}
     pair = [adapter(pipeline, name, seed) for seed, name in enumerate(("ada", "ben"))]
     if able:
         found = [layer for layer in merge(pair, **given).layers if layer.status == "refitted"]

@@ -218,7 +218,7 @@ def test_weights_scale_the_targets_of_least_squares(shared, adapters):
 def test_rank_is_a_limit_and_says_what_it_cost(shared, adapters):
     full, cut = (run(adapters, shared, rank=rank) for rank in (None, 2))
     assert max(layer.rank for layer in cut.layers) == 2 < max(layer.rank for layer in full.layers)
-    assert all(layer.lost == 0 for layer in full.layers) and 0 < max(layer.lost for layer in cut.layers) < 1
+    assert all(layer.lost == 0 for layer in full.layers if layer.status != "refitted") and 0 < max(layer.lost for layer in cut.layers) < 1
     assert cut.rank == 2 and full.rank is None
     plain = merge(adapters, method="sum", rank=1)
     for name in KEYS:
@@ -301,7 +301,9 @@ def test_progress_runs_from_the_first_stage_to_the_last(shared, adapters):
     told: list[tuple[str, float]] = []
     run(adapters, shared, progress=lambda what, share: told.append((what, share)))
     phases = [phase for phase, _ in itertools.groupby(what.partition(":")[0] for what, _ in told)]
-    assert phases == [f"{verb} stage {stage} of 3" for stage in (1, 2, 3) for verb in ("collecting", "solving")]
+    again = ["every adapter's own run once more", "catching up with the adapters, block after block"]
+    stages = [f"{verb} stage {stage} of 3" for stage in (1, 2, 3) for verb in ("collecting", "solving")]
+    assert phases == [*stages, *again]
     for phase in phases:
         shares = [share for what, share in told if what.partition(":")[0] == phase]
         assert shares == sorted(shares) and shares[-1] == 1.0 and shares[0] > 0

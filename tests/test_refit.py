@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import replace
 
 import pytest
@@ -16,6 +17,7 @@ from loraclr.methods import make_method
 from loraclr.methods.loraclr import Loraclr
 from loraclr.pipeline import Pipeline
 from loraclr.refit import _gap, _in_order, _passes, _writers
+from loraclr.resume import Outputs, Room
 from loraclr.statistics import Gap
 
 SETTINGS = {"ridge": 1e-3, "preservation": 0.5, "margin": 0.0}
@@ -129,7 +131,7 @@ def test_a_gap_is_what_the_hidden_states_behind_the_layer_lack(shared):
     prompts = one.said(SMALL.fit)
     with shared.with_tokens({token: rows for a in adapters for token, rows in a.tokens.items()}):
         with torch.inference_mode(), shared.applied(earlier):
-            passes = _passes(shared, prompts, settings, LATENTS["fit"], (own, 1.0))
+            passes = _passes(shared, prompts, settings, LATENTS["fit"], (own, 1.0), Room(0))
             writer = _in_order(shared, _writers(shared, names))[0]
             gap = _gap(shared, writer, passes, (own, 1.0), {name: merged[name] for name in names})
         seeds = [LATENTS["fit"] + index for index in range(len(prompts))]
@@ -156,7 +158,7 @@ def test_what_is_missing_behind_the_last_block_shrinks(shared):
             last = _in_order(shared, _writers(shared, names))[-1]
             for one in concepts:
                 own = {name: layer for name, layer in one.adapter.layers.items() if name in names}, 1.0
-                passes = _passes(shared, one.said(SMALL.fit), SMALL, LATENTS["fit"], own)
+                passes = _passes(shared, one.said(SMALL.fit), SMALL, LATENTS["fit"], own, Room(0))
                 left[rounds, one.name] = _gap(shared, last, passes, own, {name: merged[name] for name in names}).size
     assert sum(left[2, one.name] for one in concepts) < 0.9 * sum(left[1, one.name] for one in concepts)
 
@@ -188,3 +190,58 @@ def test_one_prompt_is_too_few_for_a_further_round(shared):
 def test_what_further_rounds_cannot_do_is_refused(settings):
     with pytest.raises(UsageError, match=f"rounds=2 knows no {next(iter(settings))}"):
         make_method("loraclr", rounds=2, **settings)
+
+
+def of_a_merge(pipeline, monkeypatch, free, *, rounds=3):
+    """A merge with that many bytes free, and how often each attention of the UNet ran."""
+    monkeypatch.setattr("loraclr.resume._free", lambda: free)
+    ran: Counter[str] = Counter()
+    attentions = {path: module for path, module in pipeline.unet.named_modules() if path.endswith((".attn1", ".attn2"))}
+    handles = []
+    for path, module in attentions.items():
+        handles.append(module.to_q.register_forward_pre_hook(lambda *_, path=path: ran.update([path])))
+    merged = merge(three(pipeline), base=pipeline, method=make_method("loraclr", rounds=rounds), collection=SMALL)
+    for handle in handles:
+        handle.remove()
+    return merged.adapter, ran
+
+
+def test_what_visits_go_on_from_changes_nothing_but_the_time(shared, monkeypatch):
+    before = {path: dict(vars(module)) for path, module in shared.unet.named_modules()}
+    slow, often = of_a_merge(shared, monkeypatch, 0)
+    tight, _ = of_a_merge(shared, monkeypatch, 1 << 20)
+    fast, seldom = of_a_merge(shared, monkeypatch, 1 << 34)
+    for other in (tight, fast):
+        assert all(torch.equal(layer.delta(), other.layers[name].delta()) for name, layer in slow.layers.items())
+    assert all(seldom[path] <= often[path] for path in often) and sum(seldom.values()) < sum(often.values())
+    assert all(vars(module).get("forward") == before[path].get("forward") for path, module in shared.unet.named_modules())
+
+
+def test_a_part_takes_the_place_of_its_own_parts_and_no_more_room_than_there_is():
+    outputs = Outputs(Room(100))
+    outputs.keep(("down.0.attn", 0), torch.zeros(10))
+    assert outputs.room.left == 60
+    outputs.keep(("down.0", 0), (torch.ones(12), [torch.ones(8)]))
+    assert outputs.room.left == 20 and list(outputs.given) == [("down.0", 0)]
+    again = outputs.again(("down.0", 0))
+    again[0].zero_()
+    assert outputs.again(("down.0", 0))[0].sum() == 12 and outputs.again(("up.0", 0)) is None
+    for unfit in (torch.zeros(6), {"sample": torch.zeros(1)}, (torch.zeros(1), None)):
+        outputs.keep(("up.0", 0), unfit)
+    assert outputs.again(("up.0", 0)) is None
+    outputs.clear()
+    assert outputs.room.left == 100
+
+
+def test_without_a_number_it_goes_again_where_it_can(shared):
+    def refitted(adapters=None, collection=SMALL, **settings):
+        made = merge(adapters or three(shared), base=shared, method=make_method("loraclr", **settings), collection=collection)
+        assert made.receipt()["parameters"]["rounds"] == (2 if any(one.status == "refitted" for one in made.layers) else 1)
+        return {one.layer for one in made.layers if one.status == "refitted"}
+
+    assert refitted() == set(WRITERS) and refitted(rounds=1) == set()
+    assert refitted(collection=replace(SMALL, spatial=1)) == set(), "one prompt a concept"
+    assert refitted(balance=True) == set(), "which a further round does not know"
+    assert refitted([concept(shared, "ada", [f"{BLOCK}.attn1.to_q"], rank=2, seed=1, triggers=("ada woman",))]) == set()
+    for preset in ("exact", "contrastive"):
+        assert make_method(f"loraclr:{preset}").needs & {"gaps"} == set()

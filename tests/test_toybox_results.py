@@ -278,8 +278,8 @@ def test_a_second_round_is_compared_with_the_first_of_the_same_inputs_and_people
         notes = {"merge_seconds": 40.0}
         return {
             "alone, lora": row("alone", [0.5] * 4, recipe="lora"),
-            "loraclr (ours), DB-LoRA inputs": row("merged", [first] * 4, recipe="lora", **notes),
-            "loraclr (ours), 2 rounds, DB-LoRA inputs": row("merged", [second] * 4, recipe="lora", **notes),
+            "loraclr (ours), DB-LoRA inputs": row("merged", [second] * 4, recipe="lora", **notes),
+            "loraclr (ours), 1 round, DB-LoRA inputs": row("merged", [first] * 4, recipe="lora", **notes),
         }
 
     *_, chosen_on, told = report.rounds(known(0.4, 0.3), known(0.2, 0.4)).splitlines()
@@ -287,15 +287,15 @@ def test_a_second_round_is_compared_with_the_first_of_the_same_inputs_and_people
     monkeypatch.setattr(report, "read_prompts", lambda path: {"a {} at sea": "context", "an angry {}": "state"})
     page = report.development(known(0.2, 0.4), {})
     assert "| identity, text | context | state |" in page
-    assert "| loraclr (ours), 2 rounds, DB-LoRA inputs | .400, .400 | .400, .400 |" in page
-    assert "| loraclr (ours), 2 rounds, DB-LoRA inputs | lora |" in page and "| alone, lora | .500 (.500 to .500) |" in page
+    assert "| loraclr (ours), DB-LoRA inputs | .400, .400 | .400, .400 |" in page
+    assert "| loraclr (ours), DB-LoRA inputs | lora |" in page and "| alone, lora | .500 (.500 to .500) |" in page
 
 
 def test_a_whole_name_is_one_row_and_a_part_of_it_all_that_begin_so():
     import results
 
     assert list(results.wanted(results.TABLE, ["loraclr (ours)"])) == ["loraclr (ours)"]
-    assert set(results.wanted(results.TABLE, ["loraclr (ours), 2"])) == {name for name in results.TABLE if "2 rounds" in name}
+    assert set(results.wanted(results.TABLE, ["loraclr (ours), 1"])) == {name for name in results.TABLE if "1 round" in name}
     assert set(results.wanted(results.TABLE, ["core", "P+"])) == {*results.CORE, "P+"}
     assert len(results.wanted(results.TABLE, [])) == len(results.TABLE)
     with pytest.raises(SystemExit, match="no entry begins with 'ours'"):

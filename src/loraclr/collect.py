@@ -24,8 +24,8 @@ from loraclr.pipeline import Pipeline
 from loraclr.scratch import Read, Sample, Scratch
 from loraclr.statistics import LayerStats, Moments
 
-# What no prompt says gives way to the concepts: together these say every colour and expression of the toybox. The first three also
-# go through the UNet, and differ in expression and style.
+# What no prompt says gives way to the concepts: together these say every colour and expression of the toybox. The first three also go
+# through the UNet and differ in expression and style; so do the first eight that are preserved, all that `--quick` runs there.
 FIT_TEMPLATES = (
     "a photo of a {}", "a sad {} wearing a black hoodie", "a sepia photo of a {}", "a {}", "a portrait of a {} on a beach",
     "a picture of a {} in a forest", "a photo of a {} in a city", "a photo of a {} wearing a red shirt on a blue background",
@@ -38,15 +38,14 @@ FIT_TEMPLATES = (
 )  # fmt: skip
 HELD_OUT_TEMPLATES = ("a photo of a {} at night", "a picture of a {} wearing a blue hoodie in a field")
 PRESERVE_PROMPTS = (
-    "", "a photo of a woman", "a photo of a man", "a woman on a beach", "a man in a forest", "a portrait of a woman in a city",
-    "a picture of a man in the snow", "a smiling woman wearing a red shirt", "an angry man wearing a blue hoodie",
-    "a photo of a dog on a gray background", "a photo of a house", "a tree in a field",
-    "a sad woman wearing a gray hoodie on a white background", "a serious man on a red background", "a surprised woman at night",
-    "a man wearing purple overalls in a desert", "a sleeping man on an orange background", "a picture of a woman on a blue background",
-    "a portrait of a man on a green background", "a smiling man wearing a pink shirt on a beach",
+    "", "a sad woman wearing a gray hoodie on a white background", "a picture of a man in the snow", "a sepia photo of a woman",
+    "a portrait of a man on a green background", "a photo of a dog on a gray background", "pixel art of a woman on a beach",
+    "a poster of a man at night", "a photo of a woman", "a photo of a man", "a woman on a beach", "a man in a forest",
+    "a portrait of a woman in a city", "a smiling woman wearing a red shirt", "an angry man wearing a blue hoodie", "a photo of a house",
+    "a tree in a field", "a serious man on a red background", "a surprised woman at night", "a man wearing purple overalls in a desert",
+    "a sleeping man on an orange background", "a picture of a woman on a blue background", "a smiling man wearing a pink shirt on a beach",
     "an angry woman wearing yellow overalls in a field", "a photo of a cat", "a car in a city",
-    "a photo of a woman wearing a white blazer on a pink background", "a sepia photo of a woman",
-    "a black and white photo of a man in a city", "pixel art of a woman on a beach", "a poster of a man at night",
+    "a photo of a woman wearing a white blazer on a pink background", "a black and white photo of a man in a city",
     "a black and white photo of a woman", "a sepia photo of a man in a field", "a poster of a dog", "pixel art of a house",
 )  # fmt: skip
 

@@ -33,7 +33,7 @@ from loraclr.methods.problem import AdapterMethod, LayerProblem, LayerSolution, 
 from loraclr.pipeline import Pipeline
 from loraclr.predictions import model_problem
 from loraclr.preflight import check_fit, checks, union
-from loraclr.refit import Refits, check_again, refitted
+from loraclr.refit import Refits, check_again, refitted, rounds_of
 from loraclr.scratch import Scratch, peak_memory
 from loraclr.statistics import LayerStats
 
@@ -241,6 +241,8 @@ def merge(
         sample=ALL_ROWS if "rows" in solver.needs else settings.sample if "sample" in solver.needs else 0,
         preserve=settings.preserve if "preserve" in solver.needs else (),
     )
+    if isinstance(solver, Refits):
+        solver = dataclasses.replace(solver, rounds=rounds_of(solver, base if collecting else None, shapes, settings))  # type: ignore[type-var]
     stages = [list(shapes)] if base is None else base.stages(list(shapes))
     if base is not None:
         check_fit(shapes, base)

@@ -4,7 +4,7 @@
 part of the next one's input. Here transformer blocks are visited in the order in which the denoiser runs them, each with all that is
 merged before it. A concept's own layers and the merged ones see the same latents, those of the own run, in one batch; behind a block the
 two hidden states differ by all that was missed on the way. The last adapted layer of the block that is added to them learns to add the
-difference, too.
+difference, too. Each visit goes on where the one before it stopped (resume.py).
 """
 
 from __future__ import annotations
@@ -26,19 +26,34 @@ from loraclr.errors import UsageError
 from loraclr.methods.problem import LayerProblem, LayerSolution
 from loraclr.modules import canonical, rows, side_by_side
 from loraclr.pipeline import Pipeline
+from loraclr.resume import Outputs, Parts, Room
 from loraclr.statistics import Gap
 
 PLACES = ("attn1.to_out.0", "attn2.to_out.0", "ff.net.2")  # of a block, whose outputs are added to its hidden states
 Changes = tuple[Mapping[str, Layer], float]  # and their weight
-Pass = tuple[tuple[Any, ...], dict[str, Any]]  # what the denoiser was called with
+
+
+@dataclass(frozen=True, eq=False)
+class Pass:
+    """What the denoiser was called with, and what it gave so far."""
+
+    inputs: tuple[Any, ...]
+    named: dict[str, Any]
+    outputs: Outputs
 
 
 @runtime_checkable
 class Refits(Protocol):
-    """A method that can go through the blocks again, `rounds` - 1 times."""
+    """A method that can go through the blocks again, `rounds` - 1 times; with None once, where it can.
+
+    `once` are its hyper-parameters that do not go with that.
+    """
 
     @property
-    def rounds(self) -> int: ...
+    def rounds(self) -> int | None: ...
+
+    @property
+    def once(self) -> list[str]: ...
 
     def refit(self, problem: LayerProblem, before: Tensor, gaps: Iterable[tuple[str | None, Gap]]) -> LayerSolution: ...
 
@@ -64,6 +79,17 @@ def check_again(pipeline: Pipeline, names: Collected[str], settings: Collection)
         )
 
 
+def rounds_of(method: Refits, pipeline: Pipeline | None, names: Collected[str], settings: Collection) -> int:
+    """`method.rounds`, or where that is None 2 if a pipeline is at hand, the method's settings allow it and `check_again` does; else 1."""
+    if method.rounds is not None or pipeline is None or method.once:
+        return method.rounds or 1
+    try:
+        check_again(pipeline, names, settings)
+    except UsageError:
+        return 1
+    return 2
+
+
 def refitted(
     pipeline: Pipeline,
     concepts: Sequence[Concept],
@@ -85,20 +111,26 @@ def refitted(
     runs: dict[str | None, tuple[Changes, list[Pass]]] = {}  # by concept; None: prompts without any
     tell = progress or (lambda phase, share: None)
     with torch.inference_mode(), pipeline.applied(earlier), pipeline.with_tokens(tokens):
-        visits = _in_order(pipeline, _writers(pipeline, names)) * (method.rounds - 1)
+        order, room = _in_order(pipeline, _writers(pipeline, names)), Room()
         for index, concept in enumerate(concepts):
             own = {name: layer for name, layer in concept.adapter.layers.items() if name in set(names)}, concept.weight
-            runs[concept.name] = own, _passes(pipeline, concept.said(settings.fit[: settings.spatial]), settings, LATENTS["fit"], own)
+            runs[concept.name] = own, _passes(
+                pipeline, concept.said(settings.fit[: settings.spatial]), settings, LATENTS["fit"], own, room
+            )  # fmt: skip
             tell("every adapter's own run once more", (index + 1) / len(concepts))
         if free := list(settings.preserve)[: settings.spatial_preserve]:
-            runs[None] = ({}, 1.0), _passes(pipeline, free, settings, LATENTS["preserve"], ({}, 1.0))
-    for index, writer in enumerate(visits):
+            runs[None] = ({}, 1.0), _passes(pipeline, free, settings, LATENTS["preserve"], ({}, 1.0), room)
+    parts, visits = Parts(pipeline.unet, [writer.module for writer in order]), [*enumerate(order)] * ((method.rounds or 1) - 1)
+    for index, (place, writer) in enumerate(visits):
+        if place == 0:
+            for given in (one.outputs for _, passes in runs.values() for one in passes):
+                given.clear()
         now = {name: merged[name] for name in names}
 
-        def gap(own: Changes, passes: Sequence[Pass], writer: Writer = writer, now: Mapping[str, Layer] = now) -> Gap:
+        def gap(own: Changes, passes: Sequence[Pass], place: int = place, writer: Writer = writer, now: Mapping[str, Layer] = now) -> Gap:
             half = loading.half(pipeline.device, settings.precision == "bfloat16")
-            with torch.inference_mode(), half:  # the prompts' states are in the passes
-                return _gap(pipeline, writer, passes, own, now)
+            with torch.inference_mode(), half, parts.resuming(place) as begin:  # the prompts' states are in the passes
+                return _gap(pipeline, writer, passes, own, now, begin)
 
         one, before = problem(writer.layer), merged[writer.layer].delta().double().flatten(1)
         with pipeline.applied(earlier):
@@ -130,12 +162,12 @@ def _in_order(pipeline: Pipeline, writers: Sequence[Writer]) -> list[Writer]:
     return [by_layer[name] for name in order]
 
 
-def _passes(pipeline: Pipeline, prompts: list[str], settings: Collection, latents: int, own: Changes) -> list[Pass]:
+def _passes(pipeline: Pipeline, prompts: list[str], settings: Collection, latents: int, own: Changes, room: Room) -> list[Pass]:
     """What the denoiser is called with when it draws these prompts by a concept's own layers."""
     seen: list[Pass] = []
 
     def see(module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
-        seen.append((inputs, named))
+        seen.append(Pass(inputs, named, Outputs(room)))
 
     handle = pipeline.unet.register_forward_pre_hook(see, with_kwargs=True)
     try:
@@ -152,8 +184,15 @@ class _SeenError(Exception):
     """Ends a pass behind the layer of interest."""
 
 
-def _gap(pipeline: Pipeline, writer: Writer, passes: Sequence[Pass], own: Changes, merged: Mapping[str, Layer]) -> Gap:
-    """Over all passes: what the writer is given in the merged model, and what the hidden states behind it lack."""
+def _gap(
+    pipeline: Pipeline,
+    writer: Writer,
+    passes: Sequence[Pass],
+    own: Changes,
+    merged: Mapping[str, Layer],
+    begin: Callable[[Outputs], None] = lambda outputs: None,
+) -> Gap:
+    """Over all passes: what the writer is given in the merged model, and what the hidden states behind it lack. `begin` is told of each."""
     total: list[Gap] = []
     given: list[Tensor] = []
 
@@ -177,7 +216,9 @@ def _gap(pipeline: Pipeline, writer: Writer, passes: Sequence[Pass], own: Change
         stack.callback(writer.module.register_forward_pre_hook(take).remove)
         behind = writer.behind
         stack.callback((behind.register_forward_hook(after) if writer.whole else behind.register_forward_pre_hook(before)).remove)
-        for inputs, named in passes:
+        for one in passes:
+            begin(one.outputs)
+            inputs, named = one.inputs, one.named
             latents = inputs[0] if inputs else named["sample"]
             twice, twice_named = _twice(inputs, len(latents)), _twice(named, len(latents))
             layered = named["encoder_hidden_states"].ndim == 4

@@ -44,9 +44,9 @@ TABLE = {
     "loraclr (ours)": Entry("edlora", "loraclr"),
     "loraclr (ours), DB-LoRA inputs": Entry("lora", "loraclr"),
     "loraclr (ours), mixed inputs": Entry("wild", "loraclr"),
-    "loraclr (ours), 2 rounds": Entry("edlora", "loraclr", {"rounds": 2}),
-    "loraclr (ours), 2 rounds, DB-LoRA inputs": Entry("lora", "loraclr", {"rounds": 2}),
-    "loraclr (ours), 2 rounds, mixed inputs": Entry("wild", "loraclr", {"rounds": 2}),
+    "loraclr (ours), 1 round": Entry("edlora", "loraclr", {"rounds": 1}),
+    "loraclr (ours), 1 round, DB-LoRA inputs": Entry("lora", "loraclr", {"rounds": 1}),
+    "loraclr (ours), 1 round, mixed inputs": Entry("wild", "loraclr", {"rounds": 1}),
     "LoRACLR, paper, mixed inputs": Entry("wild", "loraclr-reference:paper"),
     "average, mixed inputs": Entry("wild", "average"),
     "sum, tuned": Entry("edlora", "sum", TUNED["sum"]),
@@ -61,10 +61,6 @@ CORE = (
     "loraclr (ours)",
     "loraclr (ours), DB-LoRA inputs",
     "loraclr (ours), mixed inputs",
-    "loraclr (ours), 2 rounds, DB-LoRA inputs",
-    "loraclr (ours), 2 rounds, mixed inputs",
-    "LoRACLR, paper, mixed inputs",
-    "sum, tuned",
 )
 
 # Methods that are merged with fewer concepts, too, and the row of all twelve.
@@ -91,7 +87,7 @@ def margins(names: Sequence[str]) -> dict[str, Entry]:
     found = {}
     for count in (5, 12):
         chosen = tuple(names[:count])
-        found[f"{count} concepts, no contrast"] = Entry("edlora", "loraclr", {"penalty": 0.0}, chosen)
+        found[f"{count} concepts, no contrast"] = Entry("edlora", "loraclr", {"penalty": 0.0, "rounds": 1}, chosen)
         for mode, margin in (("absolute", 0.25), ("absolute", 0.5), ("absolute", 1.0), ("relative", 0.5), ("relative", 1.0)):
             for penalty in (0.001, 0.1):
                 settings = {"margin": margin, "margin_mode": mode, "penalty": penalty, "distance": "rms"}
@@ -155,7 +151,7 @@ MIXTURES: Mapping[str, tuple[str, Entry]] = {
     "the base, class words": ("base", Entry("wild", "none")),
     "own adapters, a style's added": ("alone", Entry("wild", "none")),
     "loraclr (ours)": ("merged", Entry("wild", "loraclr")),
-    "loraclr (ours), 2 rounds": ("merged", Entry("wild", "loraclr", {"rounds": 2})),
+    "loraclr (ours), 1 round": ("merged", Entry("wild", "loraclr", {"rounds": 1})),
     "LoRACLR, paper": ("merged", Entry("wild", "loraclr-reference:paper")),
     "average": ("merged", Entry("wild", "average")),
 }

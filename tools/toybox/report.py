@@ -256,14 +256,14 @@ def development(known: Known, table: Known) -> str:
 
 
 def rounds(table: Known, chosen_on: Known) -> str:
-    """What a second round adds to our merge: of two rows at the same prompts and seeds, the later minus the earlier."""
+    """What the second round adds to our merge: of two rows at the same prompts and seeds, with it minus without."""
     lines = header("people", "inputs", *SHOWN, "merging, s of a core")
     for people, known in (("development", chosen_on), ("test", table)):
         for name in TABLE:
-            before = name.replace(", 2 rounds", "")
-            if name != before and name in known and before in known:
-                cells = [spread(difference(known[name], known[before], measure), signed=True) for measure in SHOWN]
-                seconds = f"{known[before]['merge_seconds']:.0f}, {known[name]['merge_seconds']:.0f}"
+            after = name.replace(", 1 round", "")
+            if name != after and name in known and after in known:
+                cells = [spread(difference(known[after], known[name], measure), signed=True) for measure in SHOWN]
+                seconds = f"{known[name]['merge_seconds']:.0f}, {known[after]['merge_seconds']:.0f}"
                 lines.append(f"| {' | '.join((people, known[name]['recipe'], *cells, seconds))} |")
     return "\n".join(lines)
 

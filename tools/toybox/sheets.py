@@ -20,7 +20,7 @@ TITLES = 256  # pixels for a row's name
 GAP = 4
 TABLE_ROWS = (
     "alone, edlora", "loraclr (ours)", "LoRACLR, paper", "MoS (gradient fusion)", "MoS (FedAvg)", "sum, tuned", "Orthogonal Adaptation",
-    "Custom Diffusion", "P+", "alone, lora", "loraclr (ours), 2 rounds, DB-LoRA inputs", "loraclr (ours), DB-LoRA inputs",
+    "Custom Diffusion", "P+", "alone, lora", "loraclr (ours), DB-LoRA inputs", "loraclr (ours), 1 round, DB-LoRA inputs",
     "DB-LoRA (FedAvg)", "base, class word",
 )  # fmt: skip
 PROMPT = "04-0"  # the picture of each person: number of the prompt, seed

@@ -65,8 +65,9 @@ class Loraclr(Checked):
         Literal["bound", "exact"], Option("judge the hinge on the paired rows that were kept, or on all rows in a second pass")
     ] = "bound"
     rounds: Annotated[
-        int, Option("2 and more: go through the UNet's blocks again, each making good what is missing behind it; slower", 1)
-    ] = 1
+        int | None,
+        Option("2 and more: go through the UNet's blocks again and make good what is missing; without it 2 where it can, else 1", 1),
+    ] = None
 
     name: ClassVar[str] = "loraclr"
     summary: ClassVar[str] = "the LoRACLR objective at its optimum, in closed form, with a certificate"
@@ -75,8 +76,7 @@ class Loraclr(Checked):
     presets: ClassVar[Mapping[str, Mapping[str, object]]] = MappingProxyType(
         {
             "exact": MappingProxyType({"ridge": 0.0, "choose": "fixed", "preservation": 0.0, "normalise": False, "penalty": 1e-3}),
-            "contrastive": MappingProxyType({"margin": 0.5, "margin_mode": "relative", "distance": "rms"}),
-            "thorough": MappingProxyType({"rounds": 2}),
+            "contrastive": MappingProxyType({"margin": 0.5, "margin_mode": "relative", "distance": "rms", "rounds": 1}),
         }
     )
 
@@ -84,7 +84,7 @@ class Loraclr(Checked):
     def needs(self) -> frozenset[str]:
         hinge = {"sample", "base"} if self.space == "output" else {"sample"}
         exact = {"lockstep"} if self.certificate == "exact" else set()
-        again = {"gaps", "base"} if self.rounds > 1 else set()
+        again = {"gaps", "base"} if self.rounds is not None and self.rounds > 1 else set()
         return frozenset(
             {"statistics"}
             | again
@@ -95,6 +95,12 @@ class Loraclr(Checked):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.rounds is not None and self.rounds > 1 and self.once:
+            raise UsageError(f"method 'loraclr': rounds={self.rounds} knows no {', '.join(self.once)}; leave that out, or rounds at 1")
+
+    @property
+    def once(self) -> list[str]:
+        """The hyper-parameters, as they are, that a further round does not know."""
         unfit = {
             "choose": self.choose != "fixed",
             "balance": self.balance,
@@ -102,9 +108,7 @@ class Loraclr(Checked):
             "penalty": self.penalty > 0,
             "certificate": self.certificate == "exact",
         }
-        if self.rounds > 1 and any(unfit.values()):
-            names = ", ".join(name for name, given in unfit.items() if given)
-            raise UsageError(f"method 'loraclr': rounds={self.rounds} knows no {names}; leave that out, or rounds at 1")
+        return [name for name, given in unfit.items() if given]
 
     def check(self, concepts: int) -> None:
         if self.importance and len(self.importance) != concepts:
