@@ -291,6 +291,12 @@ def test_a_second_round_is_compared_with_the_first_of_the_same_inputs_and_people
     assert "| loraclr (ours), DB-LoRA inputs | lora |" in page and "| alone, lora | .500 (.500 to .500) |" in page
 
 
+def test_more_seeds_stand_beside_those_of_before():
+    import results
+
+    assert results.woven([1, 2, 3], [10, 11, 20, 21, 30, 31], 3) == [1, 10, 11, 2, 20, 21, 3, 30, 31]
+
+
 def test_a_whole_name_is_one_row_and_a_part_of_it_all_that_begin_so():
     import results
 

@@ -1,4 +1,4 @@
-"""What a smaller rank costs: `python rank_plot.py STUDY.json [OUT.svg]`, from the rows `rank ...` and `loraclr` of study.py.
+"""What a smaller rank costs: `python rank_plot.py STUDY.json [OUT.svg]`, from the rows `rank ...` and `1 round` of study.py.
 
 Identity with its 95 % interval, and the mean residual on held-out prompts, over the rank that the merge was cut to: in the metric of its
 own objective, and by plain SVD.
@@ -22,7 +22,7 @@ KINDS = {"": "activation-aware", ", plain SVD": "plain SVD"}
 def draw(study: Mapping[str, Mapping[str, Any]]) -> str:
     ranks = [rank for rank in RANKS if any(f"rank {rank}{kind}" in study for kind in KINDS)]
     labels = [*map(str, ranks), "full"]
-    rows = {kind: [*(study.get(f"rank {rank}{kind}") for rank in ranks), study.get("loraclr")] for kind in KINDS}
+    rows = {kind: [*(study.get(f"rank {rank}{kind}") for rank in ranks), study.get("1 round")] for kind in KINDS}
     identity = {kind: [(row["identity"], *row["identity_interval"]) if row else None for row in found] for kind, found in rows.items()}
     residual = {kind: [(row["held_out"],) * 3 if row else None for row in found] for kind, found in rows.items()}
     top = round(0.4 * math.ceil(max(one[0] for found in residual.values() for one in found if one) / 0.4), 1)

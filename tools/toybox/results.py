@@ -5,6 +5,7 @@ class word and of somebody else's adapter, are drawn for the same twenty prompts
 (identity, leakage) and the attribute judge. LORAS holds RECIPE/test/, as `adapters.py` leaves them; the mixed inputs are the toybox's
 own files. Merges and pictures are kept in --work, finished rows in OUT.json, which has the values of every picture; all are found again
 by what made them: files, settings, prompts, seeds, base and judges, but not the code. After a change of code give another --work.
+More --seeds than a row has are drawn beside those that are there.
 
     core                the table's rows that most people want to know; without any entry all of them
     --split development the same of the identities that choices are made on
@@ -83,10 +84,11 @@ Known = dict[str, dict[str, Any]]  # row label -> what is in OUT.json
 class Bench:
     """A toybox with everything that rows need, opened once in each process."""
 
-    def __init__(self, loras: Path, work: Path, seeds: int) -> None:
+    def __init__(self, loras: Path, work: Path, seeds: int, first: int = 0) -> None:
+        """Draws the seeds from `first` up to `seeds`, without that."""
         torch.set_num_threads(1)
         self.box: Toybox = open_toybox()
-        self.loras, self.work, self.seeds = loras, work, seeds
+        self.loras, self.work, self.seeds, self.first = loras, work, seeds, first
         self.pipeline: Pipeline = self.box.load()
 
     def concept(self, name: str) -> ToyConcept:
@@ -125,9 +127,15 @@ class Bench:
         settings = "" if entry.method == "none" else (make_method(entry.method, **entry.parameters), collected(entry), __version__)
         return digest(repr(settings), *self.files(entry).values(), *base_files(self.box))
 
-    def row_key(self, kind: str, entry: Entry | None) -> str:
+    def row_key(self, kind: str, entry: Entry | None, seeds: int | None = None) -> str:
         """Of everything that makes a row but the code: how it is drawn, merge and base, prompts, judges."""
-        drawn = (kind, self.seeds, (self.names(entry), self.prompts(entry)) if entry else SCENE_COUNTS, THING_PROMPTS, STYLE_PROMPTS)
+        drawn = (
+            kind,
+            seeds or self.seeds,
+            (self.names(entry), self.prompts(entry)) if entry else SCENE_COUNTS,
+            THING_PROMPTS,
+            STYLE_PROMPTS,
+        )
         judges = [self.box.data / f"{name}.safetensors" for name in ("judge", "face", "clip")]
         return digest(repr(drawn), self.merge_key(entry) if entry and kind != "base" else "", *judges, *base_files(self.box))
 
@@ -162,7 +170,7 @@ class Bench:
         with half("cpu"):
             found = evaluate(
                 self.pipeline, {"row": variant}, subjects, prompts=prompts, judge=self.box.clip,
-                face=self.box.face if people else None, output=folder, seeds=range(self.seeds), batch_size=8, control=False,
+                face=self.box.face if people else None, output=folder, seeds=range(self.first, self.seeds), batch_size=8, control=False,
             )  # fmt: skip
         row = found.row("row")
         return replace(row, values={**row.values, "attributes": self.attributes(folder, row)}) if people else row
@@ -262,8 +270,11 @@ def variant_of(bench: Bench, kind: str, entry: Entry) -> tuple[Variant, dict[str
     return Variant(merged), calls, notes
 
 
-def draw_row(loras: Path, work: Path, seeds: int, label: str, kind: str, entry: Entry) -> dict[str, Any]:
-    bench = Bench(loras, work, seeds)
+def draw_row(
+    loras: Path, work: Path, seeds: int, label: str, kind: str, entry: Entry, before: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """With `before`, the same row of fewer seeds, only the others are drawn."""
+    bench = Bench(loras, work, seeds, before["seeds"] if before else 0)
     variant, calls, notes = variant_of(bench, kind, entry)
     began = time.process_time()
     prompts = bench.prompts(entry)
@@ -271,7 +282,17 @@ def draw_row(loras: Path, work: Path, seeds: int, label: str, kind: str, entry: 
     drawn = {"concepts": list(calls), "prompts": len(prompts), "seeds": seeds}
     told = {"kind": kind, "recipe": entry.recipe, "method": entry.method, "parameters": dict(entry.parameters), "split": entry.split}
     values = {name: rounded(row.values[name]) for name in MEASURES if name in row.values}
-    return {**told, **drawn, **notes, "drawing_seconds": round(time.process_time() - began, 1), "values": values}
+    seconds = time.process_time() - began
+    if before:
+        values = {name: woven(before["values"][name], found, len(calls) * len(prompts)) for name, found in values.items()}
+        seconds += before["drawing_seconds"]
+    return {**told, **drawn, **notes, "drawing_seconds": round(seconds, 1), "values": values}
+
+
+def woven(before: Sequence[Any], more: Sequence[Any], groups: int) -> list[Any]:
+    """Of every prompt of every concept the values of its first seeds, then those of the others."""
+    old, new = len(before) // groups, len(more) // groups
+    return [value for k in range(groups) for value in (*before[k * old : (k + 1) * old], *more[k * new : (k + 1) * new])]
 
 
 def draw_scenes(loras: Path, work: Path, seeds: int, label: str, kind: str, entry: Entry | None) -> dict[str, Any]:
@@ -414,8 +435,9 @@ def main() -> None:
         for label, (kind, entry) in jobs.items():
             if entry and kind != "base" and (lacking := bench.lacking(entry)):
                 print(f"{label}: left out, there is no adapter of {', '.join(lacking)} in {folder_of(arguments.loras, entry)}", flush=True)
-            elif known.get(label, {}).get("key") != (key := bench.row_key(kind, entry)):
-                running[pool.submit(*common, label, kind, entry)] = label, key
+            elif (old := known.get(label, {})).get("key") != (key := bench.row_key(kind, entry)):
+                fewer = "values" in old and old["seeds"] < arguments.seeds and old["key"] == bench.row_key(kind, entry, old["seeds"])
+                running[pool.submit(*common, label, kind, entry, *([old] if fewer else []))] = label, key
         for done in as_completed(running):
             label, key = running[done]
             if error := done.exception():

@@ -15,10 +15,11 @@ import itertools
 import json
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -42,6 +43,7 @@ from loraclr.methods.options import Option
 from loraclr.pack import Pack
 from loraclr.pipeline import Pipeline
 from loraclr.strategies.words import Part
+from loraclr.toybox import SIDE
 from loraclr.toybox.judge import Judge
 
 CONCEPTS = 12
@@ -58,7 +60,7 @@ TUNED: Mapping[str, Mapping[str, tuple[Any, ...]]] = {
     "magnitude-prune": {"scale": (0.1, 0.15, 0.2), "density": (0.2, 0.5)},
     "knots": {"scale": (1.0, 2.0, 4.0), "density": (0.2, 0.5)},
 }
-RANKS = (4, 8, 16, 32, 64)  # the row `loraclr` is uncut; rank_plot.py draws these
+RANKS = (4, 8, 16, 32, 64)  # the row `1 round` is uncut; rank_plot.py draws these
 
 
 @dataclass(frozen=True)
@@ -73,6 +75,7 @@ class Setting:
     plain: bool = False  # cut by plain SVD instead
     attended: float = 0.0  # how much more a pixel counts where the concept's words are attended to most
     gain: float = 1.0  # of the merged spatial stage
+    side: int | None = None  # of the pictures that statistics come from, in pixels; None: the base's own
 
 
 @dataclass(frozen=True)
@@ -88,7 +91,7 @@ class PlainCut(Loraclr):
 
 
 def settings() -> dict[str, Setting]:
-    """Row name -> what is done."""
+    """Row name -> what is done. Rows that change our merge are of one round, and differ from `1 round` in what their name says."""
     usual = Collection()
     rows = {"single": Setting(merged=(), rest="own"), "average": Setting("average")}
     for scale in (0.05, 0.1, 0.15, 0.2, 0.3, 0.4):
@@ -112,15 +115,16 @@ def settings() -> dict[str, Setting]:
     rows["12 prompts"] = Setting(collection=replace(usual, fit=usual.fit[:12]))
     rows["12 preservation prompts"] = Setting(collection=replace(usual, preserve=usual.preserve[:12]))
     rows["padded text"] = Setting(collection=replace(usual, padded=True))
-    for steps in (4, 20):
+    for steps in (2, 8, 20):
         rows[f"{steps} timesteps"] = Setting(collection=replace(usual, steps=steps))
     for spatial in (1, 8):
         rows[f"{spatial} of the prompts through the UNet"] = Setting(collection=replace(usual, spatial=spatial))
+    rows["pictures of half the side"] = Setting(side=SIDE // 2)
     rows["bfloat16 passes"] = Setting(collection=replace(usual, precision="bfloat16"))
     rows["as --quick, in float32"] = Setting(collection=replace(QUICK, precision="float32"))
     rows["all of --quick"] = Setting(collection=QUICK)
-    for rounds in (2, 3):
-        rows[f"{rounds} rounds"] = Setting(parameters={"rounds": rounds})
+    rows["1 round"] = Setting()
+    rows["3 rounds"] = Setting(parameters={"rounds": 3})
     rows["2 rounds, ridge 0.01"] = Setting(parameters={"rounds": 2, "ridge": 1e-2})
     for stage in STAGES:
         rows[f"only {stage}, own adapter for the rest"] = Setting(merged=(stage,), rest="own")
@@ -147,6 +151,9 @@ def settings() -> dict[str, Setting]:
         for values in itertools.product(*choices.values()):
             parameters = dict(zip(choices, values, strict=True))
             rows[f"{method}, {', '.join(f'{name} {value}' for name, value in parameters.items())}"] = Setting(method, parameters, None)
+    for name, setting in rows.items():
+        if setting.method == "loraclr" and name != "loraclr":
+            rows[name] = replace(setting, parameters={"rounds": 1, **setting.parameters})
     return rows
 
 
@@ -173,6 +180,15 @@ def louder(merged: Adapter, gain: float) -> Adapter:
     return Adapter(layers, name=merged.name, tokens=merged.tokens, triggers=merged.triggers)
 
 
+@contextmanager
+def drawn(pipeline: Pipeline, side: int | None) -> Iterator[None]:
+    """Inside, what runs for statistics is of pictures of that many pixels a side."""
+    if side is not None:
+        pipeline.run = partial(Pipeline.run, pipeline, size=(side, side))  # type: ignore[method-assign]
+    yield
+    vars(pipeline).pop("run", None)
+
+
 def run(base: Path, judge: Path, loras: Path, split: str, name: str, rounds: int) -> dict[str, object]:
     torch.set_num_threads(1)
     setting, people = settings()[name], identities()
@@ -190,10 +206,11 @@ def run(base: Path, judge: Path, loras: Path, split: str, name: str, rounds: int
                 size = sum(held.path.stat().st_size for held in pack.files)
                 merged = pack.build(method=setting.method, parameters=setting.parameters)
         else:
-            with attended([Part(one) for one in adapters.values()], setting.attended) if setting.attended else nullcontext():
+            parts = [Part(one) for one in adapters.values()]
+            with attended(parts, setting.attended) if setting.attended else nullcontext(), drawn(pipeline, setting.side):
                 merged = merge(
                     list(files.values()), base=pipeline, collection=setting.collection, measure=setting.method.startswith("loraclr"),
-                    method=PlainCut(rank=setting.rank or 1) if setting.plain else setting.method,
+                    method=PlainCut(rank=setting.rank or 1, rounds=1) if setting.plain else setting.method,
                     parameters=None if setting.plain else setting.parameters, rank=None if setting.plain else setting.rank,
                 )  # fmt: skip
         notes = {kind: round(merged.mean_residual(kind), 3) for kind in ("fit", "held_out")} if merged.collection else {}
