@@ -17,7 +17,7 @@ from loraclr.methods import make_method
 from loraclr.methods.loraclr import Loraclr
 from loraclr.pipeline import Pipeline
 from loraclr.refit import _gap, _in_order, _passes, _writers
-from loraclr.resume import Outputs, Room
+from loraclr.resume import Outputs, Room, _free
 from loraclr.statistics import Gap
 
 SETTINGS = {"ridge": 1e-3, "preservation": 0.5, "margin": 0.0}
@@ -215,6 +215,18 @@ def test_what_visits_go_on_from_changes_nothing_but_the_time(shared, monkeypatch
         assert all(torch.equal(layer.delta(), other.layers[name].delta()) for name, layer in slow.layers.items())
     assert all(seldom[path] <= often[path] for path in often) and sum(seldom.values()) < sum(often.values())
     assert all(vars(module).get("forward") == before[path].get("forward") for path, module in shared.unet.named_modules())
+
+
+def test_a_container_s_limit_counts(tmp_path, monkeypatch):
+    monkeypatch.setattr("loraclr.resume.CONTAINER", tmp_path)
+    free = _free()
+    (tmp_path / "memory.current").write_text("1000\n")
+    (tmp_path / "memory.max").write_text("max\n")
+    assert free > 1 << 20 and _free() > 1 << 20
+    (tmp_path / "memory.max").write_text("5000\n")
+    assert _free() == 4000 and Room().left == 1000
+    monkeypatch.setattr("loraclr.resume._free", lambda: 1 << 40)
+    assert Room().left == 1 << 30
 
 
 def test_a_part_takes_the_place_of_its_own_parts_and_no_more_room_than_there_is():

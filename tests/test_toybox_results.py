@@ -116,6 +116,7 @@ def test_a_difference_is_of_the_same_pictures():
     assert found.mean == pytest.approx((0.5 - 0.5 + 0.25 - 0.5) / 2) and found.count == 2
     more = row("merged", [1.0, 9.0, 1.0, 9.0], concepts=("a",), seeds=2)  # of its seeds, only those that both have
     assert rows.difference(more, alone, "identity").mean == pytest.approx((1.0 - 1.0 + 1.0 - 0.0) / 2)
+    assert rows.beside(more, alone, "identity") == (0.5, 1.0) and rows.beside(merged, alone, "identity") == (0.5, 0.375)
 
 
 def test_rows_drawn_anew_must_lie_within_the_committed_intervals():

@@ -9,12 +9,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-SHARE = 0.25  # of the memory that is free when it begins
+MOST = 1 << 30  # bytes that are kept of all passes together
+SHARE = 0.25  # of the memory that is free when it begins, if that is less
+CONTAINER = Path("/sys/fs/cgroup")
 Call = tuple[str, int]  # a part, and which of its calls in the pass
 
 
@@ -22,7 +25,7 @@ Call = tuple[str, int]  # a part, and which of its calls in the pass
 class Room:
     """Bytes that outputs may still take, of all passes together."""
 
-    left: int = field(default_factory=lambda: int(SHARE * _free()))
+    left: int = field(default_factory=lambda: min(MOST, int(SHARE * _free())))
 
 
 @dataclass(eq=False)
@@ -117,9 +120,15 @@ def _instead(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
 
 
 def _free() -> int:
+    """Bytes, of the machine and of the container that it may be run in."""
     import psutil
 
-    return int(psutil.virtual_memory().available)
+    free = int(psutil.virtual_memory().available)
+    try:
+        limit, used = (int((CONTAINER / name).read_text()) for name in ("memory.max", "memory.current"))
+    except (OSError, ValueError):  # none, or without a limit
+        return free
+    return min(free, limit - used)
 
 
 def _tensors(output: Any) -> list[Tensor]:

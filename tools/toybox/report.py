@@ -19,7 +19,7 @@ from typing import Any
 from claims import Evidence, claims
 from entries import TABLE, WHOLE, orders
 from plots import STYLE, Point, chart, panel
-from rows import OWN, SHOWN, Known, difference, differences, group_values, header, mean_of, number, present, spread, values
+from rows import OWN, SHOWN, Known, beside, difference, differences, group_values, header, mean_of, number, present, spread, values
 
 from loraclr.evaluate import Estimate, estimate, paired
 from loraclr.evaluate.subjects import read_prompts
@@ -29,19 +29,19 @@ SCORES = ("identity", "image", "text")
 
 
 def table1(known: Known) -> str:
-    """Every entry against its adapters alone: means, and below them the paired difference with its interval."""
+    """Every entry against its adapters alone: means of the same pictures, and the paired difference with its interval."""
     lines = [
-        "| merge of 12 | inputs | text | | image | | identity | | attributes | | leakage | s |",
-        "|---|---|---|---|---|---|---|---|---|---|---|---|",
-        "| | | alone, merged | difference | alone, merged | difference | alone, merged | difference | alone, merged | difference | | |",
+        "| merge of 12 | inputs | seeds | text | | image | | identity | | attributes | | leakage | s |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
+        "| | | | alone, merged | difference | alone, merged | difference | alone, merged | difference | alone, merged | difference | | |",
     ]
     for name in TABLE:
         if name not in known:
             continue
         row, alone = known[name], known[f"alone, {known[name]['recipe']}"]
-        cells = [name, row["recipe"]]
+        cells = [name, row["recipe"], str(row["seeds"])]
         for measure in SHOWN:
-            cells.append(f"{number(mean_of(alone, measure).mean)}, {number(mean_of(row, measure).mean)}")
+            cells.append(", ".join(map(number, beside(row, alone, measure))))
             cells.append(spread(difference(row, alone, measure), signed=True))
         cells += [number(mean_of(row, "leakage").mean), f"{row['merge_seconds']:.0f}"]
         lines.append(f"| {' | '.join(cells)} |")
@@ -81,7 +81,7 @@ def paper(known: Known) -> str:
             pairs = [entry.paper[k : k + 2] for k in (0, 2, 4)]
             lines.append(f"| {name} | paper | {' | '.join(f'{number(a)} -> {number(b)} ({b - a:+.3f})' for a, b in pairs)} |")
             row, alone = known[name], known[f"alone, {known[name]['recipe']}"]
-            ours = [(mean_of(alone, measure).mean, mean_of(row, measure).mean) for measure in ("text", "image", "identity")]
+            ours = [beside(row, alone, measure) for measure in ("text", "image", "identity")]
             lines.append(f"| | here | {' | '.join(f'{number(a)} -> {number(b)} ({b - a:+.3f})' for a, b in ours)} |")
     return "\n".join(lines)
 

@@ -34,6 +34,15 @@ def mean_of(row: Mapping[str, Any], measure: str) -> Estimate:
     return estimate(shaped.flatten(), factors=factors(shaped))
 
 
+def beside(row: Mapping[str, Any], other: Mapping[str, Any], measure: str) -> tuple[float, float]:
+    """The means of the other and of the row over the pictures that both have: what `difference` is between."""
+    names = [name for name in row["concepts"] if name in other["concepts"]]
+    both = [values(one, measure, names) for one in (other, row)]
+    seeds = min(one.shape[2] for one in both)
+    theirs, ours = (float(one[:, :, :seeds].nanmean()) for one in both)
+    return theirs, ours
+
+
 def difference(row: Mapping[str, Any], other: Mapping[str, Any], measure: str, names: Sequence[str] = ()) -> Estimate:
     """Row minus other, over the pictures that both have, of `names` only."""
     return differences([(row, other, names)], measure)
