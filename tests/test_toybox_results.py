@@ -167,7 +167,7 @@ def test_tables_are_written_between_their_marks_and_nowhere_else(tmp_path, monke
     monkeypatch.setattr(sys, "argv", ["report.py", str(tmp_path), str(page)])
     report.main()
     text = page.read_text()
-    assert "old" not in text and text.count("kept\n") == len(marks) and f"| {name} | {recipe} | 1.000, .750 | -.250 (" in text
+    assert "old" not in text and text.count("kept\n") == len(marks) and f"| {name} | {recipe} | 1 | 1.000, .750 | -.250 (" in text
     assert "is not drawn yet | open |" in text and "| people prefer it: 3.42 against 2.41 | Table 2 |" in text
     page.write_text("nothing to write to\n")
     with pytest.raises(SystemExit, match="table1"):
