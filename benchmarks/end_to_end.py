@@ -200,8 +200,11 @@ class Phases:
         self._last = now
 
     def tell(self, phase: str, share: float) -> None:
-        """`collecting stage 1 of 2: rhea` is `collect text` where the first stage is that."""
-        verb, _, number, *_ = phase.split()
+        """`collecting stage 1 of 2: rhea` is `collect text` where the first stage is that; what names no stage is a further round's."""
+        verb, word, number, *_ = phase.split()
+        if word != "stage":
+            self("again, alone" if "own run" in phase else "again, by block")
+            return
         self(f"{verb.removesuffix('ing').replace('solv', 'solve')} {self.stages[int(number) - 1]}")
 
     def close(self) -> dict[str, Phase]:

@@ -16,8 +16,8 @@ from loraclr.merge import merge
 from loraclr.methods import make_method
 from loraclr.methods.loraclr import Loraclr
 from loraclr.pipeline import Pipeline
-from loraclr.refit import _gap, _in_order, _passes, _writers
-from loraclr.resume import Outputs, Room, _free
+from loraclr.refit import _gap, _in_order, _passes, _writers, rounds_of
+from loraclr.resume import Outputs, Room
 from loraclr.statistics import Gap
 
 SETTINGS = {"ridge": 1e-3, "preservation": 0.5, "margin": 0.0}
@@ -217,16 +217,11 @@ def test_what_visits_go_on_from_changes_nothing_but_the_time(shared, monkeypatch
     assert all(vars(module).get("forward") == before[path].get("forward") for path, module in shared.unet.named_modules())
 
 
-def test_a_container_s_limit_counts(tmp_path, monkeypatch):
-    monkeypatch.setattr("loraclr.resume.CONTAINER", tmp_path)
-    free = _free()
-    (tmp_path / "memory.current").write_text("1000\n")
-    (tmp_path / "memory.max").write_text("max\n")
-    assert free > 1 << 20 and _free() > 1 << 20
-    (tmp_path / "memory.max").write_text("5000\n")
-    assert _free() == 4000 and Room().left == 1000
-    monkeypatch.setattr("loraclr.resume._free", lambda: 1 << 40)
-    assert Room().left == 1 << 30
+def test_there_is_a_gigabyte_of_room_or_a_quarter_of_what_is_free(monkeypatch):
+    assert 0 < Room().left <= 1 << 30
+    for free, left in ((4000, 1000), (1 << 40, 1 << 30)):
+        monkeypatch.setattr("loraclr.resume._free", lambda free=free: free)
+        assert Room().left == left
 
 
 def test_a_part_takes_the_place_of_its_own_parts_and_no_more_room_than_there_is():
@@ -255,5 +250,9 @@ def test_without_a_number_it_goes_again_where_it_can(shared):
     assert refitted(collection=replace(SMALL, spatial=1)) == set(), "one prompt a concept"
     assert refitted(balance=True) == set(), "which a further round does not know"
     assert refitted([concept(shared, "ada", [f"{BLOCK}.attn1.to_q"], rank=2, seed=1, triggers=("ada woman",))]) == set()
-    for preset in ("exact", "contrastive"):
-        assert make_method(f"loraclr:{preset}").needs & {"gaps"} == set()
+    asked = {"choose": "held_out"}, {"prior": "mean"}, {"penalty": 1e-3}, {"margin": 0.1}, {"space": "delta"}, {"distance": "rms"}
+    for method in ("loraclr:exact", "loraclr:contrastive", *asked):
+        made = make_method(method) if isinstance(method, str) else make_method("loraclr", **method)
+        assert rounds_of(made, shared, WRITERS, SMALL) == 1, method
+    assert rounds_of(Loraclr(margin=0.0), shared, WRITERS, SMALL) == 2 and rounds_of(Loraclr(), None, WRITERS, SMALL) == 1
+    assert rounds_of(Loraclr(distance="rms", rounds=3), shared, WRITERS, SMALL) == 3, "whoever asks gets it"

@@ -124,7 +124,7 @@ def check_held_out(settings: Collection, stages: Iterable[str]) -> None:
 # The released code's prompts: no padding, one of them through the UNet, every row kept as it is. It differs in one thing: for keys and
 # values the released code drops the begin mark and ordinary words, here all tokens count.
 PAPER = Collection(fit=("photo of a {}", "{}"), steps=20, sample=ALL_ROWS, spatial=1)
-# A fifth of the default's passes: for real pictures on a processor without a GPU.
+# A fifth of the default's passes, and none of a further round's: for real pictures on a processor without a GPU.
 QUICK = Collection(steps=4, spatial=1, spatial_held_out=0, spatial_preserve=8, precision="bfloat16")
 REPEATED = ("steps", "spatial", "padded", "precision")  # what a merged file's header says, for whoever collects again
 LATENTS = {"fit": 0, "held_out": 1000, "preserve": 2000}  # added to the seed: what judges must not start from what was learned from

@@ -123,7 +123,7 @@ class MergeResult:
     @property
     def _told(self) -> tuple[str, ...]:
         """What a file's header says of the collection: the prompts, as ours change, but not the released code's."""
-        usual = self.collection is None or tuple(self.collection["fit"]) == PAPER.fit
+        usual = self.collection is None or tuple(self.collection["fit"]) == PAPER.fit == collection_for(make_method(self.method).needs).fit
         return TOLD if usual else (*TOLD, "fit")
 
     @property

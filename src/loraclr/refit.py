@@ -44,16 +44,13 @@ class Pass:
 
 @runtime_checkable
 class Refits(Protocol):
-    """A method that can go through the blocks again, `rounds` - 1 times; with None once, where it can.
-
-    `once` are its hyper-parameters that do not go with that.
-    """
+    """A method that can go through the blocks again, `rounds` - 1 times; with None once, where it can and `further` says that it should."""
 
     @property
     def rounds(self) -> int | None: ...
 
     @property
-    def once(self) -> list[str]: ...
+    def further(self) -> bool: ...
 
     def refit(self, problem: LayerProblem, before: Tensor, gaps: Iterable[tuple[str | None, Gap]]) -> LayerSolution: ...
 
@@ -80,8 +77,8 @@ def check_again(pipeline: Pipeline, names: Collected[str], settings: Collection)
 
 
 def rounds_of(method: Refits, pipeline: Pipeline | None, names: Collected[str], settings: Collection) -> int:
-    """`method.rounds`, or where that is None 2 if a pipeline is at hand, the method's settings allow it and `check_again` does; else 1."""
-    if method.rounds is not None or pipeline is None or method.once:
+    """`method.rounds`, or where that is None 2 if a pipeline is at hand, the method is for it and `check_again`, too; else 1."""
+    if method.rounds is not None or pipeline is None or not method.further:
         return method.rounds or 1
     try:
         check_again(pipeline, names, settings)

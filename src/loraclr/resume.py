@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,7 +16,6 @@ from torch import Tensor, nn
 
 MOST = 1 << 30  # bytes that are kept of all passes together
 SHARE = 0.25  # of the memory that is free when it begins, if that is less
-CONTAINER = Path("/sys/fs/cgroup")
 Call = tuple[str, int]  # a part, and which of its calls in the pass
 
 
@@ -120,15 +118,9 @@ def _instead(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
 
 
 def _free() -> int:
-    """Bytes, of the machine and of the container that it may be run in."""
     import psutil
 
-    free = int(psutil.virtual_memory().available)
-    try:
-        limit, used = (int((CONTAINER / name).read_text()) for name in ("memory.max", "memory.current"))
-    except (OSError, ValueError):  # none, or without a limit
-        return free
-    return min(free, limit - used)
+    return int(psutil.virtual_memory().available)
 
 
 def _tensors(output: Any) -> list[Tensor]:

@@ -63,8 +63,10 @@ def groups(known: Known) -> str:
     lines = header("identity, text", *names)
     ours = [name for name in TABLE if name.startswith("loraclr (ours)") and name in known]
     for recipe in dict.fromkeys(known[name]["recipe"] for name in ours):
-        for label in (f"alone, {recipe}", *(name for name in ours if known[name]["recipe"] == recipe)):
-            shown = {measure: values(known[label], measure).nanmean(dim=(0, 2)) for measure in ("identity", "text")}
+        labels = (f"alone, {recipe}", *(name for name in ours if known[name]["recipe"] == recipe))
+        seeds = min(known[label]["seeds"] for label in labels)  # that all of them have
+        for label in labels:
+            shown = {measure: values(known[label], measure)[:, :, :seeds].nanmean(dim=(0, 2)) for measure in ("identity", "text")}
             cells = []
             for name in names:
                 chosen = [index for index, kind in enumerate(kinds) if kind == name]
@@ -152,7 +154,7 @@ def beyond(known: Known, table: Known) -> str:
         if row["kind"] == "merged":
             (count, method), alone, told = name.split(", "), known[f"alone, {row['recipe']}"], []
             for measure in SCORES:
-                told += [number(mean_of(row, measure).mean), spread(difference(row, alone, measure), signed=True)]
+                told += [number(beside(row, alone, measure)[1]), spread(difference(row, alone, measure), signed=True)]
             lines.append(f"| {' | '.join([count.split()[0], method, *told, format(row['merge_seconds'], '.0f')])} |")
     return "\n".join(lines)
 
@@ -213,7 +215,7 @@ def tuning(known: Known, table: Known) -> str:
         if row["kind"] == "merged":
             alone, cells = known[f"alone, {row['recipe']}"], []
             for measure in SHOWN:
-                cells += [number(mean_of(row, measure).mean), spread(difference(row, alone, measure), signed=True)]
+                cells += [number(beside(row, alone, measure)[1]), spread(difference(row, alone, measure), signed=True)]
             lines.append(f"| {' | '.join([name, *cells])} |")
     return "\n".join(lines)
 

@@ -4,8 +4,8 @@ Every entry merges the twelve adapters of one recipe by one method. Its pictures
 class word and of somebody else's adapter, are drawn for the same twenty prompts and seeds and judged by ToyClip (text, image), ToyFace
 (identity, leakage) and the attribute judge. LORAS holds RECIPE/test/, as `adapters.py` leaves them; the mixed inputs are the toybox's
 own files. Merges and pictures are kept in --work, finished rows in OUT.json, which has the values of every picture; all are found again
-by what made them: files, settings, prompts, seeds, base and judges, but not the code. After a change of code give another --work.
-More --seeds than a row has are drawn beside those that are there.
+by what made them: files, settings, prompts, seeds, base and judges, but not the code. After a change of code give another
+--work and OUT.json. More --seeds than a row has are drawn beside those that are there; a row that has more is left as it is.
 
     core                the table's rows that most people want to know; without any entry all of them
     --split development the same of the identities that choices are made on
@@ -435,9 +435,11 @@ def main() -> None:
         for label, (kind, entry) in jobs.items():
             if entry and kind != "base" and (lacking := bench.lacking(entry)):
                 print(f"{label}: left out, there is no adapter of {', '.join(lacking)} in {folder_of(arguments.loras, entry)}", flush=True)
-            elif (old := known.get(label, {})).get("key") != (key := bench.row_key(kind, entry)):
-                fewer = "values" in old and old["seeds"] < arguments.seeds and old["key"] == bench.row_key(kind, entry, old["seeds"])
-                running[pool.submit(*common, label, kind, entry, *([old] if fewer else []))] = label, key
+                continue
+            old, key = known.get(label, {}), bench.row_key(kind, entry)
+            same = old.get("key") == bench.row_key(kind, entry, old.get("seeds"))
+            if not same or old.get("seeds", arguments.seeds) < arguments.seeds:
+                running[pool.submit(*common, label, kind, entry, *([old] if same else []))] = label, key
         for done in as_completed(running):
             label, key = running[done]
             if error := done.exception():

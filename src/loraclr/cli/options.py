@@ -30,7 +30,10 @@ Allow = Annotated[
 ]
 Quick = Annotated[
     bool,
-    typer.Option("--quick", help="A fifth of the passes through the UNet, in bfloat16 if the device can: for large models without GPU."),
+    typer.Option(
+        "--quick",
+        help="A fifth of the passes through the UNet, no further round, bfloat16 if the device can: for large models without GPU.",
+    ),
 ]
 FitPrompts = Annotated[
     Path | None,

@@ -76,7 +76,7 @@ class Loraclr(Checked):
     presets: ClassVar[Mapping[str, Mapping[str, object]]] = MappingProxyType(
         {
             "exact": MappingProxyType({"ridge": 0.0, "choose": "fixed", "preservation": 0.0, "normalise": False, "penalty": 1e-3}),
-            "contrastive": MappingProxyType({"margin": 0.5, "margin_mode": "relative", "distance": "rms", "rounds": 1}),
+            "contrastive": MappingProxyType({"margin": 0.5, "margin_mode": "relative", "distance": "rms"}),
         }
     )
 
@@ -95,11 +95,23 @@ class Loraclr(Checked):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.rounds is not None and self.rounds > 1 and self.once:
-            raise UsageError(f"method 'loraclr': rounds={self.rounds} knows no {', '.join(self.once)}; leave that out, or rounds at 1")
+        if self.rounds is not None and self.rounds > 1 and self._unfit:
+            raise UsageError(f"method 'loraclr': rounds={self.rounds} knows no {', '.join(self._unfit)}; leave that out, or rounds at 1")
 
     @property
-    def once(self) -> list[str]:
+    def further(self) -> bool:
+        """Whether a further round takes nothing that these hyper-parameters ask for: it has no hinge, either."""
+        usual = {
+            "margin": (0.0, 0.5),
+            "margin_mode": ("absolute",),
+            "distance": ("frobenius",),
+            "anchor": ("target",),
+            "space": ("output",),
+        }
+        return not self._unfit and all(getattr(self, name) in values for name, values in usual.items())
+
+    @property
+    def _unfit(self) -> list[str]:
         """The hyper-parameters, as they are, that a further round does not know."""
         unfit = {
             "choose": self.choose != "fixed",
