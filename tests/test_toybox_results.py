@@ -250,7 +250,7 @@ def test_what_goes_in_and_what_is_mixed_is_compared_picture_by_picture():
     import claims
     import report
 
-    table = {"loraclr (ours)": row("merged", [0.9] * 4), "alone, edlora": row("alone", [0.9] * 4)}
+    table = {"loraclr (ours), 1 round": row("merged", [0.9] * 4), "alone, edlora": row("alone", [0.9] * 4)}
     inputs = {
         "alone, quarter/edlora": row("alone", [0.5] * 4),
         "quarter of the steps, edlora": row("merged", [0.4] * 4, recipe="quarter/edlora"),

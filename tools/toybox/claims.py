@@ -121,7 +121,7 @@ def alike(kind: str) -> Callable[[Evidence], Found]:
 
 def depends(evidence: Evidence) -> Found:
     """Merges of fully trained adapters against those of adapters trained for a quarter of the steps."""
-    found = difference(evidence.table["loraclr (ours)"], evidence.figures["inputs"]["quarter of the steps, edlora"], "identity")
+    found = difference(evidence.table["loraclr (ours), 1 round"], evidence.figures["inputs"]["quarter of the steps, edlora"], "identity")
     return f"identity, all against a quarter of the steps: {spread(found, signed=True)}", more(found)
 
 

@@ -96,9 +96,10 @@ def margins(names: Sequence[str]) -> dict[str, Entry]:
 
 
 def inputs(names: Sequence[str]) -> dict[str, Entry]:
+    """In one round, whose losses tell more."""
     del names
     recipes = [(part, recipe) for part in ("quarter", "half") for recipe in ("lora", "edlora")]
-    return {f"{part} of the steps, {recipe}": Entry(f"{part}/{recipe}", "loraclr") for part, recipe in recipes}
+    return {f"{part} of the steps, {recipe}": Entry(f"{part}/{recipe}", "loraclr", {"rounds": 1}) for part, recipe in recipes}
 
 
 def beyond(names: Sequence[str]) -> dict[str, Entry]:

@@ -196,7 +196,7 @@ def margins_map(known: Known, table: Known) -> str:
 def inputs(known: Known, table: Known) -> str:
     """How far a merge depends on what goes in; the fully trained rows are those of Table 1."""
     lines = header("inputs", *(f"{one}: {what}" for one in ("identity", "attributes") for what in ("alone", "merged", "difference")))
-    whole = {"all of the steps, lora": "loraclr (ours), DB-LoRA inputs", "all of the steps, edlora": "loraclr (ours)"}
+    whole = {"all of the steps, lora": "loraclr (ours), 1 round, DB-LoRA inputs", "all of the steps, edlora": "loraclr (ours), 1 round"}
     rows = [(name, row, known) for name, row in known.items() if row["kind"] == "merged"]
     rows += [(label, table[name], table) for label, name in whole.items() if name in table]
     for name, row, where in rows:
