@@ -70,7 +70,9 @@ class Loraclr(Checked):
     ] = None
 
     name: ClassVar[str] = "loraclr"
-    summary: ClassVar[str] = "the LoRACLR objective at its optimum, in closed form, with a certificate"
+    summary: ClassVar[str] = (
+        "the LoRACLR objective at its optimum, with a certificate; then, block by block of a UNet, what is still missing"
+    )
     when: ClassVar[str] = "first; several concepts that must all keep their identity, with the base at hand"
     reference: ClassVar[str] = "Simsar et al. 2025, arXiv 2412.09622"
     presets: ClassVar[Mapping[str, Mapping[str, object]]] = MappingProxyType(
