@@ -95,8 +95,9 @@ def memory(known: Known) -> str:
         if name in known:
             row = known[name]
             pictures = len(row["concepts"]) * row["prompts"] * row["seeds"]
-            held = row.get("merge_megabytes")
-            cells = (f"{row['merge_seconds']:.0f}", "-" if held is None else str(held), f"{row['drawing_seconds'] / pictures:.2f}")
+            held, drawing = row.get("merge_megabytes"), row["drawing_seconds"]  # None where pictures were there already
+            each = "-" if drawing is None else f"{drawing / pictures:.2f}"
+            cells = (f"{row['merge_seconds']:.0f}", "-" if held is None else str(held), each)
             lines.append(f"| {' | '.join((name, *cells))} |")
     return "\n".join(lines)
 

@@ -89,6 +89,7 @@ class Bench:
         torch.set_num_threads(1)
         self.box: Toybox = open_toybox()
         self.loras, self.work, self.seeds, self.first = loras, work, seeds, first
+        self.kept = 0  # of the last row's pictures those that were there already
         self.pipeline: Pipeline = self.box.load()
 
     def concept(self, name: str) -> ToyConcept:
@@ -172,7 +173,7 @@ class Bench:
                 self.pipeline, {"row": variant}, subjects, prompts=prompts, judge=self.box.clip,
                 face=self.box.face if people else None, output=folder, seeds=range(self.first, self.seeds), batch_size=8, control=False,
             )  # fmt: skip
-        row = found.row("row")
+        row, self.kept = found.row("row"), found.kept
         return replace(row, values={**row.values, "attributes": self.attributes(folder, row)}) if people else row
 
     def attributes(self, folder: Path, row: Row) -> Tensor:
@@ -282,11 +283,12 @@ def draw_row(
     drawn = {"concepts": list(calls), "prompts": len(prompts), "seeds": seeds}
     told = {"kind": kind, "recipe": entry.recipe, "method": entry.method, "parameters": dict(entry.parameters), "split": entry.split}
     values = {name: rounded(row.values[name]) for name in MEASURES if name in row.values}
-    seconds = time.process_time() - began
+    seconds = None if bench.kept else round(time.process_time() - began, 1)
     if before:
         values = {name: woven(before["values"][name], found, len(calls) * len(prompts)) for name, found in values.items()}
-        seconds += before["drawing_seconds"]
-    return {**told, **drawn, **notes, "drawing_seconds": round(seconds, 1), "values": values}
+        known = before["drawing_seconds"]
+        seconds = None if seconds is None or known is None else round(seconds + known, 1)
+    return {**told, **drawn, **notes, "drawing_seconds": seconds, "values": values}
 
 
 def woven(before: Sequence[Any], more: Sequence[Any], groups: int) -> list[Any]:
