@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-MOST = 1 << 30  # bytes that are kept of all passes together
+MOST = 1 << 28  # bytes that are kept of all passes together
 SHARE = 0.25  # of the memory that is free when it begins, if that is less
 Call = tuple[str, int]  # a part, and which of its calls in the pass
 
