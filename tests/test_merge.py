@@ -16,7 +16,7 @@ from concepts import KEYS, SMALL, SPATIAL, TEXT, concept, fingerprint, lora, thr
 from safetensors import safe_open
 
 from loraclr.adapter import Adapter, DenseLayer, LoraLayer
-from loraclr.collect import Concept, collect
+from loraclr.collect import PAPER, Concept, collect
 from loraclr.errors import FormatError, MergeError, PipelineError, UsageError
 from loraclr.formats import describe, load_adapter, save_adapter
 from loraclr.merge import MergeWarning, merge
@@ -470,6 +470,22 @@ def test_a_solution_of_zero_is_a_layer_of_rank_one(adapters, tmp_path):
     result = merge(adapters, method=replace(Nothing()))
     assert all(layer.rank == 1 and layer.lost == 0 for layer in result.layers)
     assert all(not layer.delta().any() for layer in load_adapter(result.save(tmp_path / "zero.safetensors")))
+
+
+@dataclass(frozen=True)
+class Homemade(Nothing):
+    name: ClassVar[str] = "homemade"
+    needs: ClassVar[frozenset[str]] = frozenset({"statistics"})
+
+
+def test_a_method_that_nobody_knows_names_the_released_code_s_prompts(shared, adapters, tmp_path):
+    told = []
+    for method in (Homemade(), "gradient-fusion"):
+        settings = replace(SMALL, fit=PAPER.fit)
+        result = merge(adapters, base=shared, method=method, collection=settings)
+        path = result.save(tmp_path / "merged.safetensors")
+        told.append(json.loads(load_adapter(path).metadata["loraclr.receipt"])["collection"].get("fit"))
+    assert told == [list(PAPER.fit), None]
 
 
 def test_lora_helper_has_the_strength_it_says(shared):

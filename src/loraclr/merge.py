@@ -26,7 +26,7 @@ from loraclr.formats import check_layers, load_adapter, provenance, save_adapter
 from loraclr.formats.files import digest, tensor_digest
 from loraclr.linalg import Truncation, factor, lowest_rank, truncate, truncate_aware, truncate_dense
 from loraclr.lockstep import settled
-from loraclr.methods import CrossTalk, make_method
+from loraclr.methods import METHODS, CrossTalk, make_method
 from loraclr.methods.crosstalk import meeting, residuals_of, tables_of
 from loraclr.methods.options import Checked
 from loraclr.methods.problem import AdapterMethod, LayerProblem, LayerSolution, Method, Siblings, residuals
@@ -122,9 +122,11 @@ class MergeResult:
 
     @property
     def _told(self) -> tuple[str, ...]:
-        """What a file's header says of the collection: the prompts, as ours change, but not the released code's."""
-        usual = self.collection is None or tuple(self.collection["fit"]) == PAPER.fit == collection_for(make_method(self.method).needs).fit
-        return TOLD if usual else (*TOLD, "fit")
+        """What a file's header says of the collection: the prompts, but not the released code's where its method takes those."""
+        if self.collection is None:
+            return TOLD
+        usual = self.method in METHODS and collection_for(make_method(self.method).needs).fit == PAPER.fit
+        return TOLD if usual and tuple(self.collection["fit"]) == PAPER.fit else (*TOLD, "fit")
 
     @property
     def prompt(self) -> str:

@@ -111,9 +111,8 @@ def refitted(
         order, room = _in_order(pipeline, _writers(pipeline, names)), Room()
         for index, concept in enumerate(concepts):
             own = {name: layer for name, layer in concept.adapter.layers.items() if name in set(names)}, concept.weight
-            runs[concept.name] = own, _passes(
-                pipeline, concept.said(settings.fit[: settings.spatial]), settings, LATENTS["fit"], own, room
-            )  # fmt: skip
+            said = concept.said(settings.fit[: settings.spatial])
+            runs[concept.name] = own, _passes(pipeline, said, settings, LATENTS["fit"], own, room)
             tell("every adapter's own run once more", (index + 1) / len(concepts))
         if free := list(settings.preserve)[: settings.spatial_preserve]:
             runs[None] = ({}, 1.0), _passes(pipeline, free, settings, LATENTS["preserve"], ({}, 1.0), room)

@@ -185,8 +185,10 @@ def drawn(pipeline: Pipeline, side: int | None) -> Iterator[None]:
     """Inside, what runs for statistics is of pictures of that many pixels a side."""
     if side is not None:
         pipeline.run = partial(Pipeline.run, pipeline, size=(side, side))  # type: ignore[method-assign]
-    yield
-    vars(pipeline).pop("run", None)
+    try:
+        yield
+    finally:
+        vars(pipeline).pop("run", None)
 
 
 def run(base: Path, judge: Path, loras: Path, split: str, name: str, rounds: int) -> dict[str, object]:
