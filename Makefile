@@ -57,7 +57,7 @@ results: .venv/dev.stamp
 	$(RESULTS) build/again/table1.json core --work build/again --seeds $(SEEDS)
 	$(REPORT)
 	$(REPORT) --against build/again/table1.json
-	$(RESULTS) $(EVIDENCE)/table1.json --check 64
+	$(RESULTS) $(EVIDENCE)/table1.json --check 64 --work build/again
 
 # Only what is missing in docs/evidence, or was made of other files or settings, is drawn. The last two figures train their adapters first.
 results-full: .venv/dev.stamp

@@ -144,8 +144,8 @@ SCENES: Mapping[str, tuple[str, Entry | None]] = {
     "MoS (gradient fusion), regions": ("merged", TABLE["MoS (gradient fusion)"]),
     "P+, regions": ("merged", TABLE["P+"]),
     "MoS (FedAvg), regions": ("merged", TABLE["MoS (FedAvg)"]),
-    "OMG, own adapters": ("omg", TABLE["loraclr (ours)"]),
-    "CLoRA, own adapters": ("clora", TABLE["loraclr (ours)"]),
+    "OMG, own adapters": ("omg", Entry("edlora", "none")),
+    "CLoRA, own adapters": ("clora", Entry("edlora", "none")),
     "the base, told what they look like": ("words", None),
     "loraclr (ours), no regions": ("free", TABLE["loraclr (ours)"]),
 }
