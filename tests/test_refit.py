@@ -11,13 +11,14 @@ from concepts import BLOCK, DEEP, KEYS, SMALL, concept, fingerprint, three
 from problems import features, make_problem
 
 from loraclr.collect import LATENTS, Concept
-from loraclr.errors import FormatError, MergeError, UsageError
+from loraclr.errors import FormatError, MergeError, UsageError, WriteError
 from loraclr.merge import merge
 from loraclr.methods import make_method
 from loraclr.methods.loraclr import Loraclr
 from loraclr.pipeline import Pipeline
 from loraclr.refit import _gap, _in_order, _passes, _writers, rounds_of
 from loraclr.resume import Outputs, Room
+from loraclr.scratch import Scratch
 from loraclr.statistics import Gap
 
 SETTINGS = {"ridge": 1e-3, "preservation": 0.5, "margin": 0.0}
@@ -192,9 +193,10 @@ def test_what_further_rounds_cannot_do_is_refused(settings):
         make_method("loraclr", rounds=2, **settings)
 
 
-def of_a_merge(pipeline, monkeypatch, free, *, rounds=3):
-    """A merge with that many bytes free, and how often each attention of the UNet ran."""
+def of_a_merge(pipeline, monkeypatch, free, on_disk=0, *, rounds=3):
+    """A merge with that many bytes free, in memory and on disk, and how often each attention of the UNet ran."""
     monkeypatch.setattr("loraclr.resume._free", lambda: free)
+    monkeypatch.setattr("loraclr.resume._free_on_disk", lambda scratch: on_disk)
     ran: Counter[str] = Counter()
     attentions = {path: module for path, module in pipeline.unet.named_modules() if path.endswith((".attn1", ".attn2"))}
     handles = []
@@ -211,17 +213,24 @@ def test_what_visits_go_on_from_changes_nothing_but_the_time(shared, monkeypatch
     slow, often = of_a_merge(shared, monkeypatch, 0)
     tight, _ = of_a_merge(shared, monkeypatch, 1 << 20)
     fast, seldom = of_a_merge(shared, monkeypatch, 1 << 34)
-    for other in (tight, fast):
+    stored, stored_often = of_a_merge(shared, monkeypatch, 0, 1 << 34)
+    mixed, _ = of_a_merge(shared, monkeypatch, 1 << 20, 1 << 22)
+    for other in (tight, fast, stored, mixed):
         assert all(torch.equal(layer.delta(), other.layers[name].delta()) for name, layer in slow.layers.items())
     assert all(seldom[path] <= often[path] for path in often) and sum(seldom.values()) < sum(often.values())
+    assert stored_often == seldom, "nothing was too much for the disk"
     assert all(vars(module).get("forward") == before[path].get("forward") for path, module in shared.unet.named_modules())
 
 
-def test_there_is_a_quarter_of_a_gigabyte_of_room_or_of_what_is_free(monkeypatch):
-    assert 0 < Room().left <= 1 << 28
-    for free, left in ((4000, 1000), (1 << 40, 1 << 28)):
+def test_there_is_a_quarter_of_a_gigabyte_of_room_or_of_what_is_free_and_sixteen_on_disk(monkeypatch, tmp_path):
+    assert 0 < Room().left <= 1 << 28 and Room().on_disk == 0
+    scratch = Scratch(tmp_path)
+    assert 0 < Room(scratch=scratch).on_disk <= 1 << 34
+    for free, left, on_disk in ((4000, 1000, 1000), (1 << 40, 1 << 28, 1 << 34)):
         monkeypatch.setattr("loraclr.resume._free", lambda free=free: free)
-        assert Room().left == left
+        monkeypatch.setattr("loraclr.resume._free_on_disk", lambda scratch, free=free: free)
+        room = Room(scratch=scratch)
+        assert (room.left, room.on_disk) == (left, on_disk)
 
 
 def test_a_part_takes_the_place_of_its_own_parts_and_no_more_room_than_there_is():
@@ -238,6 +247,27 @@ def test_a_part_takes_the_place_of_its_own_parts_and_no_more_room_than_there_is(
     assert outputs.again(("up.0", 0)) is None
     outputs.clear()
     assert outputs.room.left == 100
+
+
+def test_what_does_not_fit_into_memory_waits_on_disk(tmp_path, monkeypatch):
+    outputs = Outputs(Room(40, scratch := Scratch(tmp_path, memory=0), 200))
+    outputs.keep(("down.0.a", 0), torch.zeros(10))
+    for number in range(2):
+        outputs.keep(("down.0.b", number), (torch.full((2, 5), 1.0 + number, dtype=torch.bfloat16), [torch.ones(5)]))
+    room = outputs.room
+    assert (room.left, room.on_disk, scratch.written) == (0, 120, 80)
+    again = outputs.again(("down.0.b", 1))
+    assert torch.equal(again[0], torch.full((2, 5), 2.0, dtype=torch.bfloat16)) and torch.equal(again[1][0], torch.ones(5))
+    outputs.keep(("down.0", 0), torch.arange(30.0))
+    assert (room.left, room.on_disk) == (40, 80) and list(outputs.given) == [("down.0", 0)]
+    assert torch.equal(outputs.again(("down.0", 0)), torch.arange(30.0)) and scratch.written == 120, "where the two were"
+    outputs.keep(("up.0", 0), torch.zeros(6, 5).T), outputs.keep(("up.1", 0), torch.zeros(30, device="meta"))
+    assert outputs.again(("up.0", 0)) is None and outputs.again(("up.1", 0)) is None, "not contiguous; not on this processor"
+    monkeypatch.setattr(Scratch, "lend", lambda *_: (_ for _ in ()).throw(WriteError("full")))
+    outputs.keep(("up.2", 0), torch.zeros(20))
+    assert outputs.again(("up.2", 0)) is None and room.on_disk == 0, "a disk that is full is left alone"
+    outputs.clear()
+    assert (room.left, room.on_disk) == (40, 120)
 
 
 def test_without_a_number_it_goes_again_where_it_can(shared):

@@ -9,6 +9,8 @@ import os
 import pytest
 import torch
 from concepts import KEYS, SMALL, SPATIAL, TEXT, concept, three
+from hypothesis import given
+from hypothesis import strategies as st
 from problems import make_problem
 
 from loraclr import linalg, scratch
@@ -19,7 +21,7 @@ from loraclr.formats import save_adapter
 from loraclr.merge import merge
 from loraclr.methods import make_method, method_names, residuals
 from loraclr.pipeline import Pipeline
-from loraclr.scratch import Scratch
+from loraclr.scratch import Lent, Scratch
 from loraclr.statistics import LayerStats, Moments, load_statistics, save_statistics
 
 
@@ -220,3 +222,23 @@ def test_a_disk_that_fails_on_reading(tmp_path):
         room._file.truncate(8)
         with pytest.raises(WriteError, match="came back short"):
             stored.gram()
+
+
+@given(st.lists(st.tuples(st.integers(1, 9), st.booleans()), max_size=40))
+def test_what_is_given_back_is_room_for_others(steps):
+    lent: list[tuple[torch.Tensor, Lent]] = []
+    with Scratch(memory=0) as room:
+        kept = torch.arange(3.0)
+        read = room.tensor(kept)
+        for number, (size, away) in enumerate(steps):
+            if away and lent:
+                lent.pop(number % len(lent))[1].give_back()
+                continue
+            tensor = torch.full((size,), float(number))
+            lent.append((tensor, room.lend(tensor)))
+        assert all(torch.equal(place.read(), tensor) for tensor, place in lent) and torch.equal(read(), kept)
+        most = room.written
+        for _, place in lent:
+            place.give_back()
+        room.lend(torch.zeros((most - 12) // 4))
+        assert room.written == most, "one gap again"

@@ -300,7 +300,7 @@ def merge(
             seconds["certify"], began = seconds.get("certify", 0.0) + spent, began + spent
         if base is not None and isinstance(solver, Refits) and "gaps" in solver.needs and stage_of(base, names) == "spatial":
             again = refitted(
-                base, concepts, names, method=solver, problem=problem_of, settings=settings, merged=merged, progress=progress
+                base, concepts, names, method=solver, problem=problem_of, settings=settings, merged=merged, progress=progress, scratch=room
             )  # fmt: skip
             pairs = chain(pairs, again)
         found: dict[str, tuple[LayerReceipt, CrossTalk | None]] = {}

@@ -27,6 +27,7 @@ from loraclr.methods.problem import LayerProblem, LayerSolution
 from loraclr.modules import canonical, rows, side_by_side
 from loraclr.pipeline import Pipeline
 from loraclr.resume import Outputs, Parts, Room
+from loraclr.scratch import Scratch
 from loraclr.statistics import Gap
 
 PLACES = ("attn1.to_out.0", "attn2.to_out.0", "ff.net.2")  # of a block, whose outputs are added to its hidden states
@@ -97,18 +98,20 @@ def refitted(
     settings: Collection,
     merged: MutableMapping[str, Layer],
     progress: Callable[[str, float], None] | None = None,
+    scratch: Scratch | None = None,
 ) -> Iterator[tuple[LayerProblem, LayerSolution]]:
     """One layer of each block, solved anew in forward order, once for every round after the first; `names` are the stage's layers.
 
     `merged` has all layers of this and of earlier stages, and is read anew for every block: whoever takes a solution puts it there before
-    asking for the next. `settings` are those of the collection; held-out prompts are not run. `check_again` says what it cannot do.
+    asking for the next. `settings` are those of the collection; held-out prompts are not run. `check_again` says what it cannot do. Passes
+    that do not fit into memory wait in `scratch`.
     """
     earlier = {name: layer for name, layer in merged.items() if name not in set(names)}
     tokens = {token: rows for concept in concepts for token, rows in concept.adapter.tokens.items()}
     runs: dict[str | None, tuple[Changes, list[Pass]]] = {}  # by concept; None: prompts without any
     tell = progress or (lambda phase, share: None)
     with torch.inference_mode(), pipeline.applied(earlier), pipeline.with_tokens(tokens):
-        order, room = _in_order(pipeline, _writers(pipeline, names)), Room()
+        order, room = _in_order(pipeline, _writers(pipeline, names)), Room(scratch=scratch)
         for index, concept in enumerate(concepts):
             own = {name: layer for name, layer in concept.adapter.layers.items() if name in set(names)}, concept.weight
             said = concept.said(settings.fit[: settings.spatial])

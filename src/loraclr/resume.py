@@ -1,11 +1,13 @@
 """Passes through a denoiser that go on where they stopped: what a finished part of it gave before, it gives again.
 
 A part is finished for a visit when every layer that visits change lies behind it, or was changed by an earlier one. Of a pass its outputs
-are kept, as long as there is room; a part that contains others takes their place. Nothing that is computed depends on it but the time.
+are kept, in memory and then on disk, as long as there is room; a part that contains others takes their place. Nothing that is computed
+depends on it but the time.
 """
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -14,16 +16,75 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-MOST = 1 << 28  # bytes that are kept of all passes together
-SHARE = 0.25  # of the memory that is free when it begins, if that is less
+from loraclr.errors import WriteError
+from loraclr.scratch import Lent, Scratch
+
+MOST = 1 << 28  # bytes that are kept in memory of all passes together
+MOST_ON_DISK = 1 << 34
+SHARE = 0.25  # of the memory and of the disk that are free when it begins, if that is less
 Call = tuple[str, int]  # a part, and which of its calls in the pass
 
 
-@dataclass(eq=False)
 class Room:
-    """Bytes that outputs may still take, of all passes together."""
+    """Bytes that outputs may still take, of all passes together: in memory, and on disk, in `scratch`."""
 
-    left: int = field(default_factory=lambda: min(MOST, int(SHARE * _free())))
+    def __init__(self, left: int | None = None, scratch: Scratch | None = None, on_disk: int | None = None) -> None:
+        self.scratch = scratch
+        self.left = min(MOST, int(SHARE * _free())) if left is None else left
+        if on_disk is None:
+            on_disk = 0 if scratch is None else min(MOST_ON_DISK, int(SHARE * _free_on_disk(scratch)))
+        self.on_disk = on_disk
+
+    def on_which(self, output: Any, back: int, back_on_disk: int) -> bool | None:
+        """False: in memory, True: on disk it has room once so many bytes have come back; None: there is none for it.
+
+        To disk goes only what is computed beside it: a GPU computes anew in the time that it takes to be read.
+        """
+        tensors, size = _tensors(output), _size(output)
+        if tensors and size <= self.left + back:
+            return False
+        # what is not contiguous would be when it comes back, and sums over it might differ in their last bit
+        fit = bool(tensors) and all(tensor.device.type == "cpu" and tensor.is_contiguous() for tensor in tensors)
+        return True if fit and size <= self.on_disk + back_on_disk else None
+
+    def keep(self, output: Any, on_disk: bool) -> Kept | None:
+        """None where the disk is full, which has no room from now on."""
+        size, device = _size(output), _tensors(output)[0].device
+        if not on_disk:
+            self.left -= size
+            return Kept(self, _mapped(_copied_to(torch.device("cpu")), output), device, size)
+        assert self.scratch is not None
+        try:
+            lent = _mapped(self.scratch.lend, output)
+        except WriteError:
+            self.on_disk = 0
+            return None
+        self.on_disk -= size
+        return Kept(self, lent, device, size, on_disk)
+
+
+@dataclass(frozen=True, eq=False)
+class Kept:
+    """A part's output: tensors, or places on disk, as it was nested."""
+
+    room: Room
+    output: Any
+    device: torch.device
+    size: int
+    on_disk: bool = False
+
+    def again(self) -> Any:
+        """As it was, for others to change."""
+        if self.on_disk:
+            return _mapped(Lent.read, self.output)
+        return _mapped(_copied_to(self.device), self.output)
+
+    def clear(self) -> None:
+        if self.on_disk:
+            _mapped(Lent.give_back, self.output)
+            self.room.on_disk += self.size
+        else:
+            self.room.left += self.size
 
 
 @dataclass(eq=False)
@@ -31,25 +92,27 @@ class Outputs:
     """Of one pass."""
 
     room: Room
-    given: dict[Call, tuple[Any, torch.device]] = field(default_factory=dict)
+    given: dict[Call, Kept] = field(default_factory=dict)
 
     def keep(self, call: Call, output: Any) -> None:
         """In place of what the part's own parts gave; nothing where there is no room, or something else than tensors."""
         within = [known for known in self.given if known[0].startswith(f"{call[0]}.")]
-        back = sum(_size(self.given[known][0]) for known in within)
-        if not (tensors := _tensors(output)) or (size := _size(output)) > self.room.left + back:
+        back = [sum(self.given[known].size for known in within if self.given[known].on_disk is on_disk) for on_disk in (False, True)]
+        on_disk = self.room.on_which(output, *back)
+        if on_disk is None:
             return
         for known in within:
-            del self.given[known]
-        self.given[call] = _copied(output, torch.device("cpu")), tensors[0].device
-        self.room.left += back - size
+            self.given.pop(known).clear()
+        if kept := self.room.keep(output, on_disk):
+            self.given[call] = kept
 
     def again(self, call: Call) -> Any:
-        """The output as it was, for others to change; None where it is not kept."""
-        return _copied(*self.given[call]) if call in self.given else None
+        """The output as it was; None where it is not kept."""
+        return self.given[call].again() if call in self.given else None
 
     def clear(self) -> None:
-        self.room.left += sum(_size(output) for output, _ in self.given.values())
+        for kept in self.given.values():
+            kept.clear()
         self.given.clear()
 
 
@@ -123,6 +186,10 @@ def _free() -> int:
     return int(psutil.virtual_memory().available)
 
 
+def _free_on_disk(scratch: Scratch) -> int:
+    return shutil.disk_usage(scratch.place).free
+
+
 def _tensors(output: Any) -> list[Tensor]:
     """All of a tensor, or of nested tuples and lists of nothing else; none of what has something else in it."""
     if isinstance(output, Tensor):
@@ -135,7 +202,10 @@ def _size(output: Any) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in _tensors(output))
 
 
-def _copied(output: Any, device: torch.device) -> Any:
-    if isinstance(output, tuple | list):
-        return type(output)(_copied(one, device) for one in output)
-    return output.clone() if output.device == device else output.to(device)
+def _mapped(change: Callable[[Any], Any], output: Any) -> Any:
+    """With every tensor, or what stands in its place, changed; nested as it was."""
+    return type(output)(_mapped(change, one) for one in output) if isinstance(output, tuple | list) else change(output)
+
+
+def _copied_to(device: torch.device) -> Callable[[Tensor], Tensor]:
+    return lambda tensor: tensor.clone() if tensor.device == device else tensor.to(device)

@@ -1,4 +1,5 @@
-"""Room on disk for what does not fit into memory: moments and rows are written once and read back when they are asked for.
+"""Room on disk for what does not fit into memory: moments and rows are written once and read back when they are asked for. What is lent
+room gives it back.
 
 What is read back equals what was written to the last bit. The file has no name where the system allows that, so that it is gone when
 the process is, however it ends; elsewhere it goes on `close`.
@@ -6,10 +7,13 @@ the process is, however it ends; elsewhere it goes on `close`.
 
 from __future__ import annotations
 
+import math
 import sys
 import tempfile
+from bisect import bisect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -34,6 +38,7 @@ class Scratch:
         """Raises WriteError where `folder` is no folder that can be written to, before any work."""
         self._open: IO[bytes] | None = None
         self.folder, self.left, self.written = folder, memory, 0
+        self._gaps: list[tuple[int, int]] = []  # where and how many bytes, given back
         if folder is not None:
             _ = self._file
 
@@ -48,6 +53,11 @@ class Scratch:
                 advice = "give a folder with space as scratch, or as TMPDIR"
                 raise WriteError(f"no scratch file in {where} ({error.strerror}); {advice}") from error
         return self._open
+
+    @property
+    def place(self) -> str | Path:
+        """The folder that it is in."""
+        return tempfile.gettempdir() if self.folder is None else self.folder
 
     def __enter__(self) -> Scratch:
         return self
@@ -72,6 +82,10 @@ class Scratch:
             return lambda: tensor
         return partial(self._read, self._write(tensor), tuple(tensor.shape), tensor.dtype)
 
+    def lend(self, tensor: Tensor) -> Lent:
+        """Room on disk for this tensor until it is given back. Raises WriteError when the disk is full."""
+        return Lent(self, self._write(tensor), tuple(tensor.shape), tensor.dtype)
+
     def moments(self, seen: Mapping[str, Moments]) -> dict[str, Moments]:
         """The same moments by layer. Layers that share theirs share the space, too."""
         kept: dict[int, Moments] = {}
@@ -92,20 +106,38 @@ class Scratch:
         single = rows.float()  # exact: features are collected in float32
         return StoredMoments(moments, self.tensor(single if torch.equal(single.double(), rows) else rows))
 
+    def _place(self, size: int) -> int:
+        """The first gap that holds so many bytes, else the end, with a gap that is there."""
+        for number, (start, length) in enumerate(self._gaps):
+            if length >= size:
+                self._gaps[number : number + 1] = [(start + size, length - size)] if length > size else []
+                return start
+        if self._gaps and sum(self._gaps[-1]) == self.written:
+            return self._gaps.pop()[0]
+        return self.written
+
+    def _give_back(self, start: int, size: int) -> None:
+        """Neighbouring gaps are one."""
+        gaps, end, at = self._gaps, start + size, bisect(self._gaps, (start,))
+        if at < len(gaps) and gaps[at][0] == end:
+            end += gaps.pop(at)[1]
+        if at and sum(gaps[at - 1]) == start:
+            at, start = at - 1, gaps.pop(at - 1)[0]
+        gaps.insert(at, (start, end - start))
+
     def _write(self, tensor: Tensor) -> int:
-        start = self.written
         data = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data
+        start = self._place(len(data))
         try:
             self._file.seek(start)
             self._file.write(data)
             self._file.flush()
         except OSError as error:
-            where = tempfile.gettempdir() if self.folder is None else self.folder
             raise WriteError(
-                f"statistics cannot be written to {where} ({error.strerror}) after {start / 1e9:.1f} GB; "
+                f"statistics cannot be written to {self.place} ({error.strerror}) after {start / 1e9:.1f} GB; "
                 "free some space, or give a larger folder as scratch, or as TMPDIR"
             ) from error
-        self.written += len(data)
+        self.written = max(self.written, start + len(data))
         return start
 
     def _read(self, start: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
@@ -115,6 +147,27 @@ class Scratch:
         if self._file.readinto(data) != len(data):  # type: ignore[attr-defined]
             raise WriteError("the scratch file came back short; check the disk that it is on, or give another folder as scratch")
         return tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Lent:
+    """A tensor in a scratch file that has its place for a while."""
+
+    scratch: Scratch
+    start: int
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    def read(self) -> Tensor:
+        return self.scratch._read(self.start, self.shape, self.dtype)
+
+    def give_back(self) -> None:
+        """What comes next may take the place; nothing can be read from here any more."""
+        self.scratch._give_back(self.start, self.size)
 
 
 class StoredMoments(Moments):
