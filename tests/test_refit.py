@@ -193,7 +193,7 @@ def test_what_further_rounds_cannot_do_is_refused(settings):
         make_method("loraclr", rounds=2, **settings)
 
 
-def of_a_merge(pipeline, monkeypatch, free, on_disk=0, *, rounds=3):
+def of_a_merge(pipeline, monkeypatch, free, on_disk=0, *, rounds=3, scratch=None):
     """A merge with that many bytes free, in memory and on disk, and how often each attention of the UNet ran."""
     monkeypatch.setattr("loraclr.resume._free", lambda: free)
     monkeypatch.setattr("loraclr.resume._free_on_disk", lambda scratch: on_disk)
@@ -202,7 +202,7 @@ def of_a_merge(pipeline, monkeypatch, free, on_disk=0, *, rounds=3):
     handles = []
     for path, module in attentions.items():
         handles.append(module.to_q.register_forward_pre_hook(lambda *_, path=path: ran.update([path])))
-    merged = merge(three(pipeline), base=pipeline, method=make_method("loraclr", rounds=rounds), collection=SMALL)
+    merged = merge(three(pipeline), base=pipeline, method=make_method("loraclr", rounds=rounds), collection=SMALL, scratch=scratch)
     for handle in handles:
         handle.remove()
     return merged.adapter, ran
@@ -220,6 +220,23 @@ def test_what_visits_go_on_from_changes_nothing_but_the_time(shared, monkeypatch
     assert all(seldom[path] <= often[path] for path in often) and sum(seldom.values()) < sum(often.values())
     assert stored_often == seldom, "nothing was too much for the disk"
     assert all(vars(module).get("forward") == before[path].get("forward") for path, module in shared.unet.named_modules())
+
+
+def test_a_disk_that_is_full_costs_time_and_nothing_else(shared, monkeypatch, mounted):
+    slow, often = of_a_merge(shared, monkeypatch, 0)
+    folder, full, lend = mounted("size=96k"), [], Scratch.lend
+
+    def told(scratch, tensor):
+        try:
+            return lend(scratch, tensor)
+        except WriteError as error:
+            full.append(error)
+            raise
+
+    monkeypatch.setattr(Scratch, "lend", told)
+    found, ran = of_a_merge(shared, monkeypatch, 0, 1 << 34, scratch=folder)
+    assert all(torch.equal(layer.delta(), found.layers[name].delta()) for name, layer in slow.layers.items())
+    assert len(full) == 1 and sum(ran.values()) <= sum(often.values()) and list(folder.iterdir()) == []
 
 
 def test_there_is_a_quarter_of_a_gigabyte_of_room_or_of_what_is_free_and_sixteen_on_disk(monkeypatch, tmp_path):
@@ -249,7 +266,7 @@ def test_a_part_takes_the_place_of_its_own_parts_and_no_more_room_than_there_is(
     assert outputs.room.left == 100
 
 
-def test_what_does_not_fit_into_memory_waits_on_disk(tmp_path, monkeypatch):
+def test_what_does_not_fit_into_memory_waits_on_disk(tmp_path):
     outputs = Outputs(Room(40, scratch := Scratch(tmp_path, memory=0), 200))
     outputs.keep(("down.0.a", 0), torch.zeros(10))
     for number in range(2):
@@ -263,11 +280,20 @@ def test_what_does_not_fit_into_memory_waits_on_disk(tmp_path, monkeypatch):
     assert torch.equal(outputs.again(("down.0", 0)), torch.arange(30.0)) and scratch.written == 120, "where the two were"
     outputs.keep(("up.0", 0), torch.zeros(6, 5).T), outputs.keep(("up.1", 0), torch.zeros(30, device="meta"))
     assert outputs.again(("up.0", 0)) is None and outputs.again(("up.1", 0)) is None, "not contiguous; not on this processor"
-    monkeypatch.setattr(Scratch, "lend", lambda *_: (_ for _ in ()).throw(WriteError("full")))
-    outputs.keep(("up.2", 0), torch.zeros(20))
-    assert outputs.again(("up.2", 0)) is None and room.on_disk == 0, "a disk that is full is left alone"
     outputs.clear()
-    assert (room.left, room.on_disk) == (40, 120)
+    assert (room.left, room.on_disk) == (40, 200)
+
+
+def test_a_full_disk_is_left_alone_and_what_is_on_it_stays(mounted):
+    with Scratch(mounted("size=16k"), memory=0) as scratch:
+        outputs = Outputs(Room(0, scratch, 1 << 20))
+        outputs.keep(("down", 0), first := torch.rand(1500))
+        outputs.keep(("mid", 0), (torch.rand(1000), torch.rand(4000)))
+        assert outputs.again(("mid", 0)) is None and torch.equal(outputs.again(("down", 0)), first)
+        outputs.keep(("up", 0), torch.rand(10))
+        assert list(outputs.given) == [("down", 0)], "nor is it tried again"
+        assert outputs.room.on_disk == (1 << 20) - 6000
+        assert torch.equal(scratch.lend(first).read(), first), "where the first of the two was"
 
 
 def test_without_a_number_it_goes_again_where_it_can(shared):

@@ -200,7 +200,7 @@ def merge(
     released code's prompts. `score` judges a merged adapter, higher is better, for a method that searches (`lorahub`). `allow` makes
     warnings of refusals that are judgements, those in `JUDGED` of `preflight.py`. `format` is the one it will be saved in:
     layers that it cannot hold are a FormatError before any work. `progress` is told a phase and its share done, 0..1.
-    `scratch` is a folder for statistics that do not fit into memory, the system's for temporary files without it; nothing stays there.
+    `scratch` is a folder for what does not fit into memory, the system's for temporary files without it; nothing stays there.
     `statistics`, by layer, are used instead of collecting any (pack.py). Raises MergeError, UsageError.
     """
     started = time.perf_counter()

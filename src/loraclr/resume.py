@@ -33,7 +33,7 @@ class Room:
         self.left = min(MOST, int(SHARE * _free())) if left is None else left
         if on_disk is None:
             on_disk = 0 if scratch is None else min(MOST_ON_DISK, int(SHARE * _free_on_disk(scratch)))
-        self.on_disk = on_disk
+        self.on_disk, self.full = on_disk, False
 
     def on_which(self, output: Any, back: int, back_on_disk: int) -> bool | None:
         """False: in memory, True: on disk it has room once so many bytes have come back; None: there is none for it.
@@ -45,22 +45,27 @@ class Room:
             return False
         # what is not contiguous would be when it comes back, and sums over it might differ in their last bit
         fit = bool(tensors) and all(tensor.device.type == "cpu" and tensor.is_contiguous() for tensor in tensors)
-        return True if fit and size <= self.on_disk + back_on_disk else None
+        return True if fit and not self.full and size <= self.on_disk + back_on_disk else None
 
     def keep(self, output: Any, on_disk: bool) -> Kept | None:
-        """None where the disk is full, which has no room from now on."""
+        """None where the disk turns out to be full, which takes nothing from then on."""
         size, device = _size(output), _tensors(output)[0].device
         if not on_disk:
             self.left -= size
             return Kept(self, _mapped(_copied_to(torch.device("cpu")), output), device, size)
         assert self.scratch is not None
+        lent: list[Lent] = []
         try:
-            lent = _mapped(self.scratch.lend, output)
+            for tensor in _tensors(output):
+                lent.append(self.scratch.lend(tensor))
         except WriteError:
-            self.on_disk = 0
+            self.full = True
+            for place in lent:
+                place.give_back()
             return None
         self.on_disk -= size
-        return Kept(self, lent, device, size, on_disk)
+        places = iter(lent)
+        return Kept(self, _mapped(lambda _: next(places), output), device, size, on_disk)
 
 
 @dataclass(frozen=True, eq=False)
@@ -187,7 +192,10 @@ def _free() -> int:
 
 
 def _free_on_disk(scratch: Scratch) -> int:
-    return shutil.disk_usage(scratch.place).free
+    try:
+        return shutil.disk_usage(scratch.place).free
+    except OSError:  # no folder for temporary files, which nothing else needed
+        return 0
 
 
 def _tensors(output: Any) -> list[Tensor]:

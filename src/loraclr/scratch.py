@@ -47,7 +47,7 @@ class Scratch:
         """The system's own folder is not asked for before it is needed."""
         if self._open is None:
             try:
-                self._open = tempfile.TemporaryFile(dir=self.folder, prefix="loraclr-")  # noqa: SIM115
+                self._open = tempfile.TemporaryFile(dir=self.folder, prefix="loraclr-", buffering=0)  # noqa: SIM115
             except OSError as error:
                 where = "the folder for temporary files" if self.folder is None else self.folder
                 advice = "give a folder with space as scratch, or as TMPDIR"
@@ -130,9 +130,12 @@ class Scratch:
         start = self._place(len(data))
         try:
             self._file.seek(start)
-            self._file.write(data)
-            self._file.flush()
+            done = 0
+            while done < len(data):
+                done += self._file.write(data[done:])
         except OSError as error:
+            if (gap := min(len(data), self.written - start)) > 0:
+                self._give_back(start, gap)
             raise WriteError(
                 f"statistics cannot be written to {self.place} ({error.strerror}) after {start / 1e9:.1f} GB; "
                 "free some space, or give a larger folder as scratch, or as TMPDIR"
@@ -144,7 +147,10 @@ class Scratch:
         tensor = torch.empty(shape, dtype=dtype)
         data = tensor.view(-1).view(torch.uint8).numpy().data
         self._file.seek(start)
-        if self._file.readinto(data) != len(data):  # type: ignore[attr-defined]
+        done = 0
+        while done < len(data) and (more := self._file.readinto(data[done:])):  # type: ignore[attr-defined]
+            done += more
+        if done < len(data):
             raise WriteError("the scratch file came back short; check the disk that it is on, or give another folder as scratch")
         return tensor
 

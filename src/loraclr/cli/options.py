@@ -52,7 +52,7 @@ Preserve = Annotated[
     ),
 ]
 CollectionSeed = Annotated[int, typer.Option(help="Of the noise that features are collected on.")]
-SCRATCH = "Where statistics and passes go that do not fit into memory; nothing stays."
+SCRATCH = "Where that goes which does not fit into memory; nothing stays."
 Scratch = Annotated[
     Path | None,
     typer.Option(metavar="DIR", help=SCRATCH, show_default="beside what is written"),

@@ -55,7 +55,7 @@ def compare(
     Every method collects for itself what it learns from, as in `merge`. Residuals, strength and cross-talk are measured afterwards, for all
     methods on the same features: those of each concept's own adapter, on the prompts of `collection`. A method that these inputs do not
     suit, or that fails, is an entry that says why. `keep` is a folder that the merged files are written to, by label, `scratch` one for
-    statistics that do not fit into memory. Without `seed` it is that of `collection`. Raises UsageError, WriteError where `keep` cannot be
+    what does not fit into memory. Without `seed` it is that of `collection`. Raises UsageError, WriteError where `keep` cannot be
     made, and MergeError if no method could merge.
     """
     if methods is not None and not methods:
