@@ -347,6 +347,18 @@ def test_whose_adapters_lack_is_told(tmp_path):
     assert bench.lacking(results.TABLE["P+"]) == [first, *others] and bench.lacking(results.TABLE["average, mixed inputs"]) == []
 
 
+def test_a_merge_is_made_once_and_measured_in_a_process_of_its_own(tmp_path):
+    import results
+
+    bench = results.Bench(tmp_path, tmp_path / "work", 1)
+    entry = results.Entry("wild", "average", names=tuple(bench.box.names("test")[:2]))
+    adapter, notes = bench.merged(entry)
+    assert len(adapter) and set(notes) == {"merge_seconds", "rank", "merge_megabytes"} and 0 <= notes["merge_megabytes"] < 500
+    (noted,) = (tmp_path / "work" / "merged").glob("*.json")
+    noted.write_text(noted.read_text().replace(f'"rank": {notes["rank"]}', '"rank": -1'))
+    assert bench.merged(entry)[1]["rank"] == -1
+
+
 def test_a_row_is_drawn_anew_when_what_makes_it_changes(tmp_path, monkeypatch):
     import results
 

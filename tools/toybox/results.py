@@ -32,6 +32,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import replace
 from functools import cache
+from multiprocessing import get_context
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -145,19 +146,8 @@ class Bench:
         stem = self.work / "merged" / self.merge_key(entry)
         noted = stem.with_suffix(".json")
         if not noted.exists():
-            began, held = time.process_time(), forget_peak()
-            result = merge(
-                list(self.files(entry).values()), base=self.pipeline, method=entry.method, parameters=entry.parameters, name="merged"
-            )
-            told = {"merge_seconds": round(time.process_time() - began, 1), "rank": max((layer.rank for layer in result.layers), default=0)}
-            told["merge_megabytes"] = round((peak() - held) / 1e6)
-            told |= {"hinge": share_active(result.layers)} if entry.needs_statistics else {}
-            stem.parent.mkdir(parents=True, exist_ok=True)
-            tokens_only = not len(result.adapter)
-            file = stem.with_suffix(".pth" if tokens_only else ".safetensors")
-            save_adapter(result.adapter, file, format="edlora" if tokens_only else "diffusers")
-            told["file"] = file.name
-            noted.write_text(json.dumps(told) + "\n")
+            with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as alone:
+                alone.submit(merge_to, stem, self.loras, entry).result()
         notes = json.loads(noted.read_text())
         return load_adapter(stem.parent / notes.pop("file", f"{stem.name}.safetensors"), base=self.pipeline), notes
 
@@ -184,6 +174,23 @@ class Bench:
             people = [self.concept(name).attributes for name in row.concepts[start : start + 64]]
             found.append(agreement(self.box.judge.read(images), people, self.box.judge.heads))
         return torch.cat(found)
+
+
+def merge_to(stem: Path, loras: Path, entry: Entry) -> None:
+    """The merge and what it took, in files of that name; in a process of its own, as memory that was ever used may count for the next."""
+    bench = Bench(loras, stem.parent, 0)
+    files = list(bench.files(entry).values())
+    began, held = time.process_time(), forget_peak()
+    result = merge(files, base=bench.pipeline, method=entry.method, parameters=entry.parameters, name="merged")
+    told = {"merge_seconds": round(time.process_time() - began, 1), "rank": max((layer.rank for layer in result.layers), default=0)}
+    told["merge_megabytes"] = round((peak() - held) / 1e6)
+    told |= {"hinge": share_active(result.layers)} if entry.needs_statistics else {}
+    stem.parent.mkdir(parents=True, exist_ok=True)
+    tokens_only = not len(result.adapter)
+    file = stem.with_suffix(".pth" if tokens_only else ".safetensors")
+    save_adapter(result.adapter, file, format="edlora" if tokens_only else "diffusers")
+    told["file"] = file.name
+    stem.with_suffix(".json").write_text(json.dumps(told) + "\n")
 
 
 def collected(entry: Entry) -> Collection | None:
