@@ -38,7 +38,7 @@ FIT_TEMPLATES = (
 )  # fmt: skip
 HELD_OUT_TEMPLATES = ("a photo of a {} at night", "a picture of a {} wearing a blue hoodie in a field")
 PRESERVE_PROMPTS = (
-    "", "a sad woman wearing a gray hoodie on a white background", "a picture of a man in the snow", "a sepia photo of a woman",
+    "", "a sad woman wearing a gray hoodie on a white background", "a woman on the left and a man on the right", "a sepia photo of a woman",
     "a portrait of a man on a green background", "a photo of a dog on a gray background", "pixel art of a woman on a beach",
     "a poster of a man at night", "a photo of a woman", "a photo of a man", "a woman on a beach", "a man in a forest",
     "a portrait of a woman in a city", "a smiling woman wearing a red shirt", "an angry man wearing a blue hoodie", "a photo of a house",
@@ -47,6 +47,7 @@ PRESERVE_PROMPTS = (
     "an angry woman wearing yellow overalls in a field", "a photo of a cat", "a car in a city",
     "a photo of a woman wearing a white blazer on a pink background", "a black and white photo of a man in a city",
     "a black and white photo of a woman", "a sepia photo of a man in a field", "a poster of a dog", "pixel art of a house",
+    "a picture of a man in the snow", "a man on the left and a woman on the right on a beach",
 )  # fmt: skip
 
 
