@@ -108,6 +108,15 @@ def test_scoring_prompts_are_not_the_merge_s_own():
     assert not used & {template for template, _ in SCORE_TEMPLATES}
 
 
+def test_what_is_preserved_has_two_people_in_one_picture_with_quick_too():
+    """Without them a merge loses the second person of a prompt."""
+    from loraclr.collect import PRESERVE_PROMPTS, QUICK
+
+    several = [prompt for prompt in PRESERVE_PROMPTS if "on the left and" in prompt]
+    assert len(several) == 2 and several[0] in PRESERVE_PROMPTS[: QUICK.spatial_preserve]
+    assert not any("forest" in prompt for prompt in several), "which scenes are judged by"
+
+
 def test_the_protocol_has_twenty_prompts_in_four_groups_of_words_that_the_base_knows(box):
     from loraclr.collect import FIT_TEMPLATES, HELD_OUT_TEMPLATES
     from loraclr.evaluate import read_prompts

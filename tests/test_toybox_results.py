@@ -227,6 +227,23 @@ def test_claims_about_scenes_compare_the_same_scenes():
     assert found == "present .000; OMG 1.000, apart -1.000 (-1.000 to -1.000)" and judged == claims.NO
 
 
+def test_scenes_without_regions_are_told_by_who_is_named_first():
+    import report
+
+    def two(alike):
+        told = {"people": 2, "alike": alike, "limit": 0.8, "present": 0.5, "all present": 0.0, "taken for another": 0.0, "seconds": 1.0}
+        return {**told, "faces": [[0.9, 0.1]] * 3, "attributes": [[1.0, 0.4]] * 3}
+
+    known = {
+        "x, no regions": {"kind": "free", "rows": [two(False), two(True)]},
+        "x, regions": {"kind": "merged", "rows": [two(False), two(True), {**two(False), "people": 3, "faces": [[0.9, 0.1, 0.9]] * 3}]},
+    }
+    *_, line = report.unplaced(known).splitlines()
+    cells = "1.000 .900 1.000 .000 .100 .400".split()
+    assert line == f"| x | {' | '.join(f'{cell} ({cell} to {cell})' for cell in cells)} |"
+    assert "no regions" not in report.scenes(known, {}) and "x, regions" in report.scenes(known, {})
+
+
 @pytest.mark.parametrize(("usual", "best", "judged"), [(0.9, 0.9, "YES"), (0.9, 1.0, "NO"), (0.5, 0.5, "NO"), (0.4, 0.4, "NO")])
 def test_the_published_margin_must_gain_and_be_the_best(usual, best, judged):
     import claims

@@ -136,7 +136,7 @@ def tuning(names: Sequence[str]) -> dict[str, Entry]:
 
 FIGURES = {"counts": counts, "margins": margins, "inputs": inputs, "beyond": beyond, "tuning": tuning}
 
-# Who keeps people apart in one picture: a merge and regions, each one's own adapter and a strategy, or words alone.
+# Who keeps people apart in one picture: a merge and regions, each one's own adapter and a strategy, or words alone (`free`).
 SCENES: Mapping[str, tuple[str, Entry | None]] = {
     "loraclr (ours), regions": ("merged", TABLE["loraclr (ours)"]),
     "LoRACLR, paper, regions": ("merged", TABLE["LoRACLR, paper"]),
@@ -148,6 +148,11 @@ SCENES: Mapping[str, tuple[str, Entry | None]] = {
     "CLoRA, own adapters": ("clora", Entry("edlora", "none")),
     "the base, told what they look like": ("words", None),
     "loraclr (ours), no regions": ("free", TABLE["loraclr (ours)"]),
+    "LoRACLR, paper, no regions": ("free", TABLE["LoRACLR, paper"]),
+    "MoS (FedAvg), no regions": ("free", TABLE["MoS (FedAvg)"]),
+    "loraclr (ours), DB-LoRA inputs, no regions": ("free", TABLE["loraclr (ours), DB-LoRA inputs"]),
+    "DB-LoRA (FedAvg), no regions": ("free", TABLE["DB-LoRA (FedAvg)"]),
+    "the base, told what they look like, no regions": ("free", None),
 }
 SCENE_COUNTS = (2, 3, 4, 5, 6)
 

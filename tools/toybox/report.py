@@ -16,6 +16,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
+import torch
 from claims import Evidence, claims
 from entries import TABLE, WHOLE, orders
 from plots import STYLE, Point, chart, panel
@@ -223,6 +224,7 @@ def tuning(known: Known, table: Known) -> str:
 
 def scenes(known: Known, table: Known) -> str:
     """Presence by number of people, all of them with its interval; seconds of one core a picture of two."""
+    known = {name: row for name, row in known.items() if row["kind"] != "free"}
     places = sorted({(one["people"], not one["alike"]) for row in known.values() for one in row["rows"]})
     titles = [f"{count}{'' if any_kind else ' of a kind'}: present, all" for count, any_kind in places]
     lines = header("how they are kept apart", *titles, "all numbers: present", "taken for another", "attributes", "s, two people")
@@ -231,9 +233,22 @@ def scenes(known: Known, table: Known) -> str:
         cells = [f"{number(told[at]['present'])}, {number(told[at]['all present'])}" if at in told else "-" for at in places]
         attributes = [value for one in row["rows"] if not one["alike"] for scene in one["attributes"] for value in scene]
         strangers = mean(one["taken for another"] for one in row["rows"] if not one["alike"])
-        several = spread(present(row)) if len(row["rows"]) > 2 else "-"
-        cells += [several, number(strangers), number(mean(attributes)), format(told[2, True]["seconds"], ".1f")]
+        cells += [spread(present(row)), number(strangers), number(mean(attributes)), format(told[2, True]["seconds"], ".1f")]
         lines.append(f"| {' | '.join([name, *cells])} |")
+    return "\n".join(lines)
+
+
+def unplaced(known: Known) -> str:
+    """Scenes of two without regions, by who is named first: presence, ToyFace's closeness, attributes, with intervals over scenes."""
+    lines = header(
+        "two people by one prompt", *(f"{who}: {what}" for who in ("first", "second") for what in ("present", "closeness", "attributes"))
+    )
+    for name, row in known.items():
+        if row["kind"] == "free":
+            faces, attributes = (torch.tensor([scene for one in row["rows"] for scene in one[what]]) for what in ("faces", "attributes"))
+            limit = row["rows"][0]["limit"]
+            cells = [spread(estimate(told[:, who])) for who in (0, 1) for told in ((faces >= limit).float(), faces, attributes)]
+            lines.append(f"| {' | '.join([name.removesuffix(', no regions'), *cells])} |")
     return "\n".join(lines)
 
 
@@ -312,6 +327,8 @@ def main() -> None:
         raise SystemExit(bool(problems))
     figures = {path.stem: json.loads(path.read_text()) for path in arguments.evidence.glob("*.json") if path.stem in FIGURES}
     blocks = {name: FIGURES[name](known, table) for name, known in figures.items()}
+    if "scenes" in figures:
+        blocks["unplaced"] = unplaced(figures["scenes"])
     for name, drawn in PLOTS.items():
         if name in figures:
             (arguments.page.parent / "figures").mkdir(exist_ok=True)

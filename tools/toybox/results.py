@@ -305,18 +305,20 @@ def woven(before: Sequence[Any], more: Sequence[Any], groups: int) -> list[Any]:
 
 
 def draw_scenes(loras: Path, work: Path, seeds: int, label: str, kind: str, entry: Entry | None) -> dict[str, Any]:
-    """Scenes of test identities; `seeds` times eight of each number of people, and as many of two of a kind."""
+    """Scenes of test identities; `seeds` times eight of each number of people, and as many of two of a kind; without regions three times as
+    many, of two people."""
     bench = Bench(loras, work, seeds)
     adapters = bench.adapters(entry) if entry else {}
     cast = Cast(bench.box, bench.box.names(SPLIT), calls={name: adapter.call for name, adapter in adapters.items()} or None)
-    if entry and kind in ("merged", "free"):
-        cast = replace(cast, merged=bench.merged(entry)[0], free=kind == "free")
+    free = kind == "free"
+    if entry and (free or kind == "merged"):
+        cast = replace(cast, merged=bench.merged(entry)[0])
     elif entry:
         cast = replace(cast, singles=adapters, strategy=kind)
-    folder, counts = work / "scenes" / slug(label), (2,) if kind == "free" else SCENE_COUNTS
+    cast, folder, number = replace(cast, free=free), work / "scenes" / slug(label), 8 * seeds * (3 if free else 1)
     with half("cpu"):
-        found = list(scenes.rows(bench.pipeline, cast, counts, 8 * seeds, folder))
-        found += scenes.rows(bench.pipeline, replace(cast, alike=True), (2,), 8 * seeds, folder / "alike")
+        found = list(scenes.rows(bench.pipeline, cast, (2,) if free else SCENE_COUNTS, number, folder))
+        found += scenes.rows(bench.pipeline, replace(cast, alike=True), (2,), number, folder / "alike")
     return {"kind": kind, "recipe": entry.recipe if entry else None, "rows": [scenes.rounded(row) for row in found]}
 
 
