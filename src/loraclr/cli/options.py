@@ -48,7 +48,7 @@ Preserve = Annotated[
     typer.Option(
         metavar="FILE",
         help="One prompt a line without any concept: what is to stay as it is.",
-        show_default="prompts of people and a few things",
+        show_default="prompts of people, two together, and a few things",
     ),
 ]
 CollectionSeed = Annotated[int, typer.Option(help="Of the noise that features are collected on.")]
