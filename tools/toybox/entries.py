@@ -139,11 +139,13 @@ FIGURES = {"counts": counts, "margins": margins, "inputs": inputs, "beyond": bey
 # Who keeps people apart in one picture: a merge and regions, each one's own adapter and a strategy, or words alone (`free`).
 SCENES: Mapping[str, tuple[str, Entry | None]] = {
     "loraclr (ours), regions": ("merged", TABLE["loraclr (ours)"]),
+    "loraclr (ours), DB-LoRA inputs, regions": ("merged", TABLE["loraclr (ours), DB-LoRA inputs"]),
     "LoRACLR, paper, regions": ("merged", TABLE["LoRACLR, paper"]),
     "Orthogonal Adaptation, regions": ("merged", TABLE["Orthogonal Adaptation"]),
     "MoS (gradient fusion), regions": ("merged", TABLE["MoS (gradient fusion)"]),
     "P+, regions": ("merged", TABLE["P+"]),
     "MoS (FedAvg), regions": ("merged", TABLE["MoS (FedAvg)"]),
+    "DB-LoRA (FedAvg), regions": ("merged", TABLE["DB-LoRA (FedAvg)"]),
     "OMG, own adapters": ("omg", Entry("edlora", "none")),
     "CLoRA, own adapters": ("clora", Entry("edlora", "none")),
     "the base, told what they look like": ("words", None),
