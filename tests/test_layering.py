@@ -15,11 +15,11 @@ SOURCE = Path(loraclr.__file__).parent
 # From the bottom up. Those of one row may not import each other.
 ORDER = (
     ("errors", "page"),
-    ("disk", "linalg", "pictures", "resume"),
+    ("disk", "linalg", "pictures"),
     ("adapter",),
     ("blocks", "statistics"),
     ("formats", "methods", "scratch"),
-    ("checkpoints", "conditioning", "families", "modules"),
+    ("checkpoints", "conditioning", "families", "modules", "resume"),
     ("loading",),
     ("sampling",),
     ("pipeline",),
