@@ -41,6 +41,15 @@ def test_every_entry_is_drawn_beside_its_adapters_alone_and_the_controls_once():
     assert all(len(entry.paper) in (0, 6) for entry in results.TABLE.values())
 
 
+def test_what_is_drawn_of_a_figure_does_not_change_whom_its_controls_are_of():
+    import results
+
+    entries = results.FIGURES["beyond"](())
+    few = results.rows(entries, results.wanted(entries, ["12 identities, average"]))
+    assert few == {label: row for label, row in results.rows(entries).items() if label in few} and len(few) == 3
+    assert len(few["alone, bulk"][1].names) == 100
+
+
 def test_subsets_are_nested_and_differ_between_orders():
     import entries
 

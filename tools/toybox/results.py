@@ -248,17 +248,18 @@ def share_active(layers: Sequence[Any]) -> float | None:
     return round(sum(value > 0 for value in told) / len(told), 3) if told else None
 
 
-def rows(entries: Mapping[str, Entry]) -> dict[str, tuple[str, Entry]]:
-    """Row label -> kind and entry: the controls and every recipe's adapters alone come first."""
+def rows(entries: Mapping[str, Entry], chosen: Mapping[str, Entry] | None = None) -> dict[str, tuple[str, Entry]]:
+    """Row label -> kind and entry of all, or of the `chosen` among them: the controls and every recipe's adapters alone come first."""
     found: dict[str, tuple[str, Entry]] = {}
     most = max((entry.names for entry in entries.values() if entry.recipe == BULK), key=len, default=())
-    for entry in entries.values():
+    taken = entries if chosen is None else chosen
+    for entry in taken.values():
         whole = Entry(entry.recipe, "none", names=most, prompts=entry.prompts, split=entry.split)
         found.setdefault("base, class word", ("base", whole))
         found.setdefault(f"alone, {entry.recipe}", ("alone", whole))
         if entry.recipe in CONTROLLED:
             found.setdefault(f"wrong adapter, {entry.recipe}", ("wrong", whole))
-    return found | {name: ("merged", entry) for name, entry in entries.items()}
+    return found | {name: ("merged", entry) for name, entry in taken.items()}
 
 
 def variant_of(bench: Bench, kind: str, entry: Entry) -> tuple[Variant, dict[str, str], dict[str, Any]]:
@@ -437,7 +438,7 @@ def main() -> None:
             entries = FIGURES[arguments.figure](box.names(SPLIT))
         else:
             entries = {name: replace(entry, split=arguments.split) for name, entry in TABLE.items()}
-        work, jobs, order = draw_row, rows(wanted(entries, arguments.entries)), list(rows(entries))
+        work, jobs, order = draw_row, rows(entries, wanted(entries, arguments.entries)), list(rows(entries))
     wrong = 0
     bench = Bench(arguments.loras, arguments.work, arguments.seeds)
     common = (work, arguments.loras, arguments.work, arguments.seeds)
