@@ -35,7 +35,7 @@ def draw(study: Mapping[str, Mapping[str, Any]]) -> str:
 
 def main() -> None:
     found = json.loads(Path(sys.argv[1]).read_text())
-    target = Path(sys.argv[2]) if len(sys.argv) > 2 else Path(__file__).parents[2] / "docs" / "rank.svg"
+    target = Path(sys.argv[2]) if len(sys.argv) > 2 else Path(__file__).parents[2] / "docs" / "figures" / "rank.svg"
     target.write_text(draw(found))
     print(f"written: {target}")
 
