@@ -440,6 +440,17 @@ def test_the_study_s_table_has_whole_numbers_and_gaps():
     assert lines[3] == "| cut | 0.975 | - | 1.00 | .90 | 12.261 | .300 | 20 |"
 
 
+def test_the_study_s_differences_are_to_the_row_that_is_asked_for(monkeypatch):
+    import study
+
+    row = {"identity": 0.5, "named": 1.0, "told": 0.9}
+    done = {name: {**row, "pictures": [value] * 4} for name, value in (("single", 1.0), ("best", 0.75), ("cut", 0.5))}
+    monkeypatch.setattr(study, "CONCEPTS", 2)
+    head, _, *lines = study.table(done, "best").splitlines()
+    assert head.split(" | ")[2] == "paired, to best (95 %)"
+    assert [line.split(" | ")[2] for line in lines] == ["+.250 (+.250 to +.250)", "-", "-.250 (-.250 to -.250)"]
+
+
 def test_one_row_that_fails_does_not_take_the_others_with_it(tmp_path, monkeypatch, capsys):
     import results
 

@@ -1,6 +1,6 @@
 """Pictures of pictures: `python grids.py BASE OUT.webp [LORAS ...] [--names NAME ...]`, the base's own, or a row for every adapter.
 
-Several folders take turns: NAME by each of them, then the next NAME. A row begins with one of the concept's references.
+Several folders RECIPE/SPLIT take turns: NAME by each recipe, then the next NAME. A row begins with one of the concept's references.
 """
 
 from __future__ import annotations
@@ -29,7 +29,6 @@ STYLED = (
     "a house at night in {}",
 )  # fmt: skip
 ENDINGS = (".safetensors", ".pth")
-SPLITS = ("development", "test")
 
 
 def prompts(call: str) -> list[str]:
@@ -44,8 +43,7 @@ def found(folders: Sequence[Path], names: Sequence[str]) -> list[tuple[str, Path
         for folder, some in zip(folders, files, strict=True):
             if name not in some:
                 raise SystemExit(f"{folder}: no adapter of the name {name!r}; there are {', '.join(some) or 'none'}")
-            recipe = folder.parent.name if folder.name in SPLITS else folder.name
-            rows.append((recipe if len(folders) > 1 else "", some[name]))
+            rows.append((folder.parent.name if len(folders) > 1 else "", some[name]))
     return rows
 
 

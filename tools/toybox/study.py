@@ -235,12 +235,14 @@ def against(ours: Mapping[str, Any], single: Mapping[str, Any], concepts: int) -
     return [round(value, 3) for value in (found.mean, found.low, found.high)]
 
 
-def table(done: Mapping[str, Mapping[str, Any]]) -> str:
-    """The rows in Markdown."""
-    heads = ("merge of 12", "identity", "paired, to alone (95 %)", "right person", "prompt", "held-out residual", "error", "s")
+def table(done: Mapping[str, Mapping[str, Any]], beside: str = "single") -> str:
+    """The rows in Markdown, their differences to the one named `beside`."""
+    to = "alone" if beside == "single" else beside
+    heads = ("merge of 12", "identity", f"paired, to {to} (95 %)", "right person", "prompt", "held-out residual", "error", "s")
     lines = [f"| {' | '.join(heads)} |", f"|{'---|' * len(heads)}"]
     for name, told in done.items():
-        apart = "{:+.3f} ({:+.3f} to {:+.3f})".format(*told["against_single"]).replace("0.", ".") if "against_single" in told else "-"
+        known = name != beside and "pictures" in done.get(beside, {})
+        apart = "{:+.3f} ({:+.3f} to {:+.3f})".format(*against(told, done[beside], CONCEPTS)).replace("0.", ".") if known else "-"
         shares = [share(told[key]) for key in ("named", "told")]
         notes = [number(told[key]) if key in told else "-" for key in ("held_out", "error")]
         seconds = f"{told['merge_seconds']:.0f}" if "merge_seconds" in told else "-"
@@ -259,10 +261,13 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=1, help="seeds per prompt")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--markdown", action="store_true", help="print the rows that are there as a table, and draw none")
+    parser.add_argument("--beside", default="single", metavar="ROW", help="what differences in the table are to")
     arguments = parser.parse_args()
     done = json.loads(arguments.out.read_text()) if arguments.out.exists() else {}
     if arguments.markdown:
-        print(table(done))
+        if arguments.beside not in (*done, "single"):
+            raise SystemExit(f"{arguments.out} has no row {arguments.beside!r}; there are {', '.join(done)}")
+        print(table(done, arguments.beside))
         return
     wanted = [name for name in settings() if name not in done and (not arguments.names or name.startswith(tuple(arguments.names)))]
     with ProcessPoolExecutor(arguments.workers) as pool:
