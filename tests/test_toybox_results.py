@@ -451,6 +451,17 @@ def test_the_study_s_differences_are_to_the_row_that_is_asked_for(monkeypatch):
     assert [line.split(" | ")[2] for line in lines] == ["+.250 (+.250 to +.250)", "-", "-.250 (-.250 to -.250)"]
 
 
+def test_of_a_method_with_several_settings_the_study_can_show_the_best_alone():
+    import study
+
+    scored = {"sum 0.1": (0.5, 0.9), "sum 0.15": (0.6, 0.8), "sum 0.2": (0.6, 0.9), "loraclr": (0.9, 0.9)}
+    done = {name: {"identity": identity, "told": told, "named": 1.0} for name, (identity, told) in scored.items()}
+    best = study.tuned(done)
+    assert best == {"sum 0.2 (of 3, from 0.500)": done["sum 0.2"]}
+    head, _, line = study.table(done, shown=best).splitlines()
+    assert line.startswith("| sum 0.2 (of 3, from 0.500) | 0.600 |")
+
+
 def test_one_row_that_fails_does_not_take_the_others_with_it(tmp_path, monkeypatch, capsys):
     import results
 

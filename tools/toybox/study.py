@@ -140,6 +140,9 @@ def settings() -> dict[str, Setting]:
     rows["pack, held-out ridge"] = Setting(parameters={"choose": "held_out"}, pack=True)
     for stage in STAGES:
         rows[f"pack, only {stage}, own adapter for the rest"] = Setting(merged=(stage,), rest="own", pack=True)
+    for stage in STAGES:
+        others = tuple(other for other in STAGES if other != stage)
+        rows[f"pack, own adapter for {stage}"] = Setting(merged=others, rest="own", pack=True)
     for preset in ("paper", "official"):  # on the released code's few prompts
         rows[f"loraclr-reference:{preset}"] = Setting(f"loraclr-reference:{preset}", collection=None)
     for rate in (1e-3, 3e-3):
@@ -235,12 +238,23 @@ def against(ours: Mapping[str, Any], single: Mapping[str, Any], concepts: int) -
     return [round(value, 3) for value in (found.mean, found.low, found.high)]
 
 
-def table(done: Mapping[str, Mapping[str, Any]], beside: str = "single") -> str:
-    """The rows in Markdown, their differences to the one named `beside`."""
+def tuned(done: Mapping[str, Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
+    """Of every method that has several settings here the row of the most identity, under what it is and how far the others fall."""
+    best = {}
+    for method in ("sum", "loraclr-reference", *TUNED):
+        here = {name: done[name] for name, setting in settings().items() if name in done and setting.method.partition(":")[0] == method}
+        if here:
+            name = max(here, key=lambda one: (here[one]["identity"], here[one]["told"]))
+            best[f"{name} (of {len(here)}, from {min(row['identity'] for row in here.values()):.3f})"] = here[name]
+    return best
+
+
+def table(done: Mapping[str, Mapping[str, Any]], beside: str = "single", shown: Mapping[str, Mapping[str, Any]] | None = None) -> str:
+    """Rows in Markdown, all that are `done` or those `shown`, their differences to the one named `beside`."""
     to = "alone" if beside == "single" else beside
     heads = ("merge of 12", "identity", f"paired, to {to} (95 %)", "right person", "prompt", "held-out residual", "error", "s")
     lines = [f"| {' | '.join(heads)} |", f"|{'---|' * len(heads)}"]
-    for name, told in done.items():
+    for name, told in (done if shown is None else shown).items():
         known = name != beside and "pictures" in done.get(beside, {})
         apart = "{:+.3f} ({:+.3f} to {:+.3f})".format(*against(told, done[beside], CONCEPTS)).replace("0.", ".") if known else "-"
         shares = [share(told[key]) for key in ("named", "told")]
@@ -261,15 +275,20 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=1, help="seeds per prompt")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--markdown", action="store_true", help="print the rows that are there as a table, and draw none")
+    parser.add_argument("--tuned", action="store_true", help="with --markdown: of methods of several settings only the best row")
     parser.add_argument("--beside", default="single", metavar="ROW", help="what differences in the table are to")
-    arguments = parser.parse_args()
+    arguments = parser.parse_intermixed_args()
     done = json.loads(arguments.out.read_text()) if arguments.out.exists() else {}
+
+    def asked(name: str) -> bool:
+        return not arguments.names or name.startswith(tuple(arguments.names))
+
     if arguments.markdown:
         if arguments.beside not in (*done, "single"):
             raise SystemExit(f"{arguments.out} has no row {arguments.beside!r}; there are {', '.join(done)}")
-        print(table(done, arguments.beside))
+        print(table(done, arguments.beside, tuned(done) if arguments.tuned else {name: done[name] for name in done if asked(name)}))
         return
-    wanted = [name for name in settings() if name not in done and (not arguments.names or name.startswith(tuple(arguments.names)))]
+    wanted = [name for name in settings() if name not in done and asked(name)]
     with ProcessPoolExecutor(arguments.workers) as pool:
         common = (run, arguments.base, arguments.judge, arguments.loras, arguments.split)
         jobs = {pool.submit(*common, name, arguments.rounds): name for name in wanted}
