@@ -12,7 +12,7 @@ from torch import Tensor
 
 from loraclr import linalg, loading
 from loraclr.adapter import Adapter, DenseLayer, LoraLayer
-from loraclr.collect import PAPER, Collection, Concept, collect
+from loraclr.collect import PAPER, QUICK, Collection, Concept, collect, collection_for
 from loraclr.errors import PipelineError, UsageError
 from loraclr.pipeline import Pipeline
 
@@ -436,3 +436,10 @@ def test_texts_of_all_concepts_are_encoded_together_for_keys(pipeline, concepts,
     handle.remove()
     lengths = {pipeline.token_count(text) for c in plain for text in (*prompts((*SMALL.fit, *SMALL.held_out), c.call), *SMALL.preserve)}
     assert counts[1000] == len(lengths) < counts[4] <= counts[1]
+
+
+def test_fewer_passes_do_not_change_what_a_method_learns_from():
+    for needs, usual in ((frozenset({"statistics"}), Collection()), (frozenset({"rows"}), PAPER), (frozenset({"short"}), PAPER)):
+        quick = collection_for(needs, quick=True)
+        assert collection_for(needs) == usual and quick.fit == usual.fit and quick.sample == usual.sample
+        assert (quick.steps, quick.spatial, quick.spatial_held_out, quick.precision) == (QUICK.steps, 1, 0, "bfloat16")

@@ -309,7 +309,7 @@ def test_the_command_passes_on_what_merge_takes(adapters, tmp_path, capsys, monk
 
     monkeypatch.setattr(sys.modules["loraclr.compare"], "compare", seen)
     call(capsys, "compare", *files, "--output", tmp_path / "p.html", "--block-weights", "ada=0,0.5,2", "--allow", "edit", "--quick")
-    assert (given["block_weights"], given["allow"], given["collection"]) == ({"ada": [0, 0.5, 2]}, ["edit"], QUICK)
+    assert (given["block_weights"], given["allow"], given["collection"](set())) == ({"ada": [0, 0.5, 2]}, ["edit"], QUICK)
 
 
 def test_the_command_refuses_before_any_work(tmp_path, capsys):

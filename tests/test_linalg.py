@@ -163,6 +163,18 @@ def test_dual_solve_is_the_primal(mu):
     assert relative(linalg.dual_solve(targets, rows, rows @ rows.T, mu), primal) < 1e-11
 
 
+@pytest.mark.parametrize("noise", [0.0, 1e-8])
+def test_ridge_solve_without_ridge_is_the_least_norm_solution_where_many_rows_are_of_low_rank(noise):
+    generator = torch.Generator().manual_seed(3)
+    some = torch.randn(5, 12, generator=generator, dtype=torch.float64)
+    rows = some.repeat(40, 1) + noise * torch.randn(200, 12, generator=generator, dtype=torch.float64)  # as float32 rounds them
+    change = torch.randn(3, 12, generator=generator, dtype=torch.float64)
+    square = rows.T @ rows
+    found = linalg.ridge_solve(change @ square, square, 0.0)
+    assert torch.allclose(found, change @ torch.linalg.pinv(some) @ some, atol=1e-5 if noise else 1e-9)
+    assert found.norm() <= change.norm() * (1 + 1e-5)
+
+
 def test_dual_solve_without_ridge_is_the_least_norm_solution_even_with_repeated_rows():
     rows = draw(4, 9)
     rows[3] = rows[0]

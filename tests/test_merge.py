@@ -373,8 +373,8 @@ def test_parameters_that_do_not_fit_the_merge_are_refused_before_anything_runs(s
 def test_a_stage_without_the_unet_can_be_chosen_by_held_out_prompts_of_a_quick_collection(shared, adapters):
     settings = {"parameters": {"choose": "held_out"}, "collection": replace(SMALL, spatial_held_out=0)}
     (layer, *_) = merge([adapters[2], adapters[2].with_(name="dan", triggers=("dan",))], base=shared, **settings).layers
-    assert layer.diagnostics["ridge_chosen_on"] == "held_out", "the receipt says that its held-out residuals are not of unseen prompts"
-    assert "ridge_chosen_on" not in run(adapters, shared).layers[0].diagnostics
+    assert layer.diagnostics["chosen_on"] == "held_out", "the receipt says that its held-out residuals are not of unseen prompts"
+    assert "chosen_on" not in run(adapters, shared).layers[0].diagnostics
 
 
 def test_inputs_that_do_not_fit_together(shared, adapters):

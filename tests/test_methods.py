@@ -14,7 +14,7 @@ from loraclr.adapter import DenseLayer, LoraLayer
 from loraclr.errors import MergeError, NumericalError, UsageError
 from loraclr.methods import METHODS, NEEDS, AdapterMethod, LayerMethod, make_method, method_names, parameters, residuals
 from loraclr.methods.contrast import Contrast
-from loraclr.methods.loraclr import LADDER, Loraclr
+from loraclr.methods.loraclr import GUARDS, LADDER, Loraclr
 from loraclr.methods.loraclr_reference import LoraclrReference
 from loraclr.methods.problem import Siblings
 from loraclr.methods.quadratic import Quadratic, _Sums
@@ -129,9 +129,8 @@ def test_two_concepts_by_hand():
     b = LoraLayer(NAME, torch.tensor([[1.0, 1, 1, 1]]), torch.tensor([[0.0], [1], [0], [0]]), 2.0)
     problem = make_problem(2, out=4, width=4, features=[x0, x1], layers=[a, b], preserve=0)
     expected = torch.tensor([[4.0, 2, 0, 0], [0, 1, 2, 0], [0, 0, 0, 0], [0, 0, 0, 0]], dtype=torch.float64)
-    with pytest.warns(RuntimeWarning, match="singular"):  # 2 + 2 rows are not fewer than 4 features: the Gram form, singular in x_4
-        solution = PLAIN.solve(problem)
-    assert torch.allclose(solution.delta(), expected, atol=1e-9)
+    solution = PLAIN.solve(problem)  # 2 + 2 rows are not fewer than 4 features: the Gram form, singular in x_4
+    assert torch.allclose(solution.delta(), expected, atol=1e-12)
     lifted = Loraclr(ridge=1.0, preservation=0.0, normalise=False, margin=0.0).solve(problem)  # S = diag(4, 2, 9, 0), mu = 15 / 4
     weights = torch.tensor([4 / 7.75, 2 / 5.75, 9 / 12.75, 0], dtype=torch.float64)
     assert torch.allclose(lifted.delta(), expected * weights, atol=1e-12)
@@ -218,28 +217,31 @@ def test_rank_and_column_space():
 
 
 @pytest.mark.parametrize("prior", ["zero", "mean"])
-def test_held_out_prompts_choose_the_ridge(prior):
-    """The chosen solution is the fixed one of some rung, and none of the others is nearer to the adapters on the held-out rows."""
-    problem = make_problem(3, rows=40, preserve=0)
-    settings = {"ridge": 1e-3, "preservation": 0.0, "margin": 0.0, "prior": prior}
-    chosen = make_method("loraclr", choose="held_out", **settings).solve(problem).delta()
-    rungs = [make_method("loraclr", **{**settings, "ridge": 1e-3 * factor}).solve(problem).delta() for factor in LADDER]
+@pytest.mark.parametrize("preserve", [0, 30])
+def test_held_out_prompts_choose_ridge_and_prior_and_then_preservation(prior, preserve):
+    """The chosen solution is a fixed one, and none of the others that are tried is nearer to the adapters on the held-out rows."""
+    problem = make_problem(3, rows=40, preserve=preserve)
+    settings = {"ridge": 1e-3, "preservation": 0.3 if preserve else 0.0, "margin": 0.0, "prior": prior}
+    chosen = make_method("loraclr", choose="held_out", **settings).solve(problem)
 
-    def error(delta):
-        found = residuals(problem, delta)
+    def error(**changed):
+        found = residuals(problem, make_method("loraclr", **{**settings, **changed}).solve(problem).delta())
         return sum(value**2 for key, value in found.items() if key.startswith("held_out/"))
 
-    errors = [error(delta) for delta in rungs]
-    assert torch.allclose(chosen, rungs[errors.index(min(errors))], atol=1e-10)
-    assert errors.index(min(errors)) > 0  # the features of this problem are too few for the smallest
+    told = {key: chosen.diagnostics[key] for key in ("ridge", "prior", "preservation")}
+    assert torch.allclose(chosen.delta(), make_method("loraclr", **{**settings, **told}).solve(problem).delta(), atol=1e-10)
+    rungs = {(other, 1e-3 * factor): error(prior=other, ridge=1e-3 * factor) for other in ("zero", "mean") for factor in LADDER}
+    assert rungs[told["prior"], told["ridge"]] == min(rungs.values()) < rungs[prior, 1e-3]  # the features are too few for the smallest
+    guards = {settings["preservation"] * share: error(**{**told, "preservation": settings["preservation"] * share}) for share in GUARDS}
+    assert guards[told["preservation"]] == min(guards.values()) and (preserve or told["preservation"] == 0)
 
 
-def test_held_out_choice_takes_the_smallest_ridge_where_the_fit_is_the_truth():
+def test_held_out_choice_leaves_a_single_adapter_as_it_is():
     problem = make_problem(1, rows=40, preserve=0)
     same = replace(problem, statistics=replace(problem.statistics, held_out=problem.statistics.fit))
     settings = {"preservation": 0.0, "margin": 0.0}
     chosen = make_method("loraclr", choose="held_out", **settings).solve(same)
-    assert torch.allclose(chosen.delta(), make_method("loraclr", **settings).solve(same).delta())
+    assert chosen.diagnostics["prior"] == "mean" and torch.allclose(chosen.delta(), problem.deltas()[0])
     without = replace(problem, statistics=replace(problem.statistics, held_out={}))
     with pytest.raises(MergeError, match=r"no held-out statistics to choose by; collect some held-out prompts, or set choose='fixed'"):
         make_method("loraclr", choose="held_out", **settings).solve(without)

@@ -377,7 +377,7 @@ def test_a_method_that_needs_more_is_refused(whole):
 
 
 def test_a_ridge_is_chosen_by_held_out_prompts_only_where_the_pack_has_them(whole, shared, tmp_path):
-    assert whole.build(parameters={"choose": "held_out"}).layers[0].diagnostics["ridge_chosen_on"] == "held_out"
+    assert whole.build(parameters={"choose": "held_out"}).layers[0].diagnostics["chosen_on"] == "held_out"
     without = replace(TINY, spatial_held_out=0)
     quick = Pack.create(tmp_path / "quick", three(shared)[:1], base=shared, collection=without)
     refused("held-out prompts, but none runs the UNet", quick.build, parameters={"choose": "held_out"})

@@ -102,10 +102,11 @@ def test_export_writes_ordinary_files_and_refuses_a_full_folder(box, tmp_path):
 
 
 def test_scoring_prompts_are_not_the_merge_s_own():
-    from loraclr.collect import FIT_TEMPLATES, HELD_OUT_TEMPLATES, PRESERVE_PROMPTS
+    from loraclr.collect import CHOOSING_TEMPLATES, FIT_TEMPLATES, HELD_OUT_TEMPLATES, PRESERVE_PROMPTS
 
-    used = {*FIT_TEMPLATES, *HELD_OUT_TEMPLATES, *PRESERVE_PROMPTS}
+    used = {*FIT_TEMPLATES, *CHOOSING_TEMPLATES, *PRESERVE_PROMPTS}
     assert not used & {template for template, _ in SCORE_TEMPLATES}
+    assert set(HELD_OUT_TEMPLATES) <= set(CHOOSING_TEMPLATES) and not set(CHOOSING_TEMPLATES) & {*FIT_TEMPLATES, *PRESERVE_PROMPTS}
 
 
 def test_what_is_preserved_has_two_people_in_one_picture_with_quick_too():
@@ -118,12 +119,12 @@ def test_what_is_preserved_has_two_people_in_one_picture_with_quick_too():
 
 
 def test_the_protocol_has_twenty_prompts_in_four_groups_of_words_that_the_base_knows(box):
-    from loraclr.collect import FIT_TEMPLATES, HELD_OUT_TEMPLATES
+    from loraclr.collect import CHOOSING_TEMPLATES, FIT_TEMPLATES
     from loraclr.evaluate import read_prompts
 
     prompts = read_prompts(box.prompts_path)
     assert Counter(prompts.values()) == {"context": 5, "style": 5, "interaction": 5, "state": 5}
-    assert not set(prompts) & {*FIT_TEMPLATES, *HELD_OUT_TEMPLATES, *(template for template, _ in SCORE_TEMPLATES)}
+    assert not set(prompts) & {*FIT_TEMPLATES, *CHOOSING_TEMPLATES, *(template for template, _ in SCORE_TEMPLATES)}
     tokenizer = CLIPTokenizer.from_pretrained(box.base_path / "tokenizer")
     assert all(tokenizer.tokenize(word) == [f"{word}</w>"] for prompt in prompts for word in prompt.replace("{}", "").split())
 

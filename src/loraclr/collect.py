@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import chain
 from zlib import crc32
@@ -37,6 +37,11 @@ FIT_TEMPLATES = (
     "a black and white photo of a {}", "pixel art of a {} in a city",
 )  # fmt: skip
 HELD_OUT_TEMPLATES = ("a photo of a {} at night", "a picture of a {} wearing a blue hoodie in a field")
+# Instead of these two where hyper-parameters are chosen by them.
+CHOOSING_TEMPLATES = (
+    *HELD_OUT_TEMPLATES, "a sad {} in the snow", "a portrait of a {} wearing a green shirt", "pixel art of a {} on a white background",
+    "a smiling {} under a tree",
+)  # fmt: skip
 PRESERVE_PROMPTS = (
     "", "a sad woman wearing a gray hoodie on a white background", "a woman on the left and a man on the right", "a sepia photo of a woman",
     "a portrait of a man on a green background", "a photo of a dog on a gray background", "pixel art of a woman on a beach",
@@ -131,9 +136,14 @@ REPEATED = ("steps", "spatial", "padded", "precision")  # what a merged file's h
 LATENTS = {"fit": 0, "held_out": 1000, "preserve": 2000}  # added to the seed: what judges must not start from what was learned from
 
 
-def collection_for(needs: Set[str]) -> Collection:
-    """What a method with these needs collects unless something else is asked for."""
-    return PAPER if {"rows", "short"} & needs else Collection()
+def collection_for(needs: Set[str] = frozenset(), *, quick: bool = False) -> Collection:
+    """What a method with these needs collects unless something else is asked for; `quick` with as few passes as QUICK, on the method's
+    own prompts."""
+    released = bool({"rows", "short"} & needs)
+    if not quick:
+        chosen = Collection(held_out=CHOOSING_TEMPLATES) if "held_out" in needs else Collection()
+        return PAPER if released else chosen
+    return replace(QUICK, fit=PAPER.fit, sample=PAPER.sample) if released else QUICK
 
 
 Kept = tuple[int, Read]  # how many rows, and they themselves

@@ -267,11 +267,30 @@ def cholesky(matrix: Tensor, what: str = "the Gram matrix") -> Tensor:
 
 
 def ridge_solve(right: Tensor, square: Tensor, mu: float) -> Tensor:
-    """right (k, in) times (S + mu I)^-1, with S = `square` (in, in), by Cholesky."""
+    """right (k, in) times (S + mu I)^-1, with S = `square` (in, in), by Cholesky; for mu = 0 and a singular S right S^+, of least norm.
+
+    Rows that repeat each other leave S singular however many they are. Raises NumericalError on NaN or infinity.
+    """
+    if mu == 0:
+        lower, info = torch.linalg.cholesky_ex(square)
+        if int(info) or not float(lower.diagonal().min()) ** 2 > NULL * float(square.diagonal().max()):  # or NaN
+            return _least_norm(right.T, square, "the Gram matrix").T
+        plain: Tensor = torch.cholesky_solve(right.T, lower)
+        return plain.T
     lifted = square.clone()
     lifted.diagonal().add_(mu)
     solution: Tensor = torch.cholesky_solve(right.T, cholesky(lifted))
     return solution.T
+
+
+def _least_norm(right: Tensor, square: Tensor, what: str) -> Tensor:
+    """S^+ right, for a symmetric S = `square` (n, n) whose eigenvalues below `NULL` of the largest are rounding, and (n, k)."""
+    if not bool(torch.isfinite(square).all()):
+        raise NumericalError(f"{what} holds NaN or infinity; collect the features in float32 and check the adapters for broken weights")
+    values, vectors = torch.linalg.eigh(square)
+    inverse = torch.where(values > NULL * values.max().clamp(min=0), 1 / values, torch.zeros_like(values))
+    least: Tensor = vectors @ (inverse[:, None] * (vectors.T @ right))
+    return least
 
 
 def dual_coefficients(targets: Tensor, kernel: Tensor, mu: float) -> Tensor:
@@ -284,12 +303,7 @@ def dual_coefficients(targets: Tensor, kernel: Tensor, mu: float) -> Tensor:
         lifted.diagonal().add_(mu)
         solution: Tensor = torch.cholesky_solve(targets, cholesky(lifted, "the kernel of the rows"))
         return solution
-    if not bool(torch.isfinite(kernel).all()):
-        raise NumericalError("the kernel of the rows holds NaN or infinity; collect the features in float32")
-    values, vectors = torch.linalg.eigh(kernel)
-    inverse = torch.where(values > NULL * values.max().clamp(min=0), 1 / values, torch.zeros_like(values))
-    least: Tensor = vectors @ (inverse[:, None] * (vectors.T @ targets))
-    return least
+    return _least_norm(targets, kernel, "the kernel of the rows")
 
 
 def dual_solve(targets: Tensor, rows: Tensor, kernel: Tensor, mu: float) -> Tensor:

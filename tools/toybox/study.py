@@ -32,7 +32,7 @@ from table import share
 from world import identities
 
 from loraclr.adapter import STAGES, Adapter, DenseLayer, LoraLayer, stage_of
-from loraclr.collect import QUICK, Collection
+from loraclr.collect import CHOOSING_TEMPLATES, QUICK, Collection
 from loraclr.evaluate import paired
 from loraclr.formats import load_adapter
 from loraclr.linalg import truncate
@@ -59,6 +59,8 @@ TUNED: Mapping[str, Mapping[str, tuple[Any, ...]]] = {
     "dare-ties": {"scale": (1.0, 2.0, 4.0), "density": (0.5, 0.9)},
     "magnitude-prune": {"scale": (0.1, 0.15, 0.2), "density": (0.2, 0.5)},
     "knots": {"scale": (1.0, 2.0, 4.0), "density": (0.2, 0.5)},
+    "ziplora": {"steps": (100, 300), "learning_rate": (0.003, 0.01, 0.03)},
+    "lorahub": {"budget": (40, 80), "penalty": (0.05, 0.01, 0.0)},
 }
 RANKS = (4, 8, 16, 32, 64)  # the row `1 round` is uncut; rank_plot.py draws these
 
@@ -104,7 +106,12 @@ def settings() -> dict[str, Setting]:
     rows["ridge 0.01, preservation 0.01"] = Setting(parameters={"ridge": 1e-2, "preservation": 0.01})
     rows["balance"] = Setting(parameters={"balance": True})
     rows["mean prior, ridge 0.1"] = Setting(parameters={"ridge": 0.1, "prior": "mean"})
-    rows["held-out ridge"] = Setting(parameters={"choose": "held_out"})
+    held_out = {"choose": "held_out"}
+    rows["held-out choice"] = Setting(parameters=held_out, collection=replace(usual, held_out=CHOOSING_TEMPLATES))
+    for fold in range(3):
+        some = CHOOSING_TEMPLATES[fold::3]
+        rows[f"held-out choice, pair {fold + 1}"] = Setting(parameters=held_out, collection=replace(usual, held_out=some))
+    rows["sums instead of means over rows"] = Setting(parameters={"normalise": False})
     rows["contrastive"] = Setting("loraclr:contrastive")
     rows["contrastive in delta space"] = Setting("loraclr:contrastive", {"space": "delta"})
     rows["exact"] = Setting("loraclr:exact")
@@ -137,7 +144,7 @@ def settings() -> dict[str, Setting]:
         rows[f"spatial stage times {gain:g}"] = Setting(gain=gain)
     rows["pack"] = Setting(pack=True)
     rows["pack, ridge 0.001"] = Setting(parameters={"ridge": 1e-3}, pack=True)
-    rows["pack, held-out ridge"] = Setting(parameters={"choose": "held_out"}, pack=True)
+    rows["pack, held-out choice"] = replace(rows["held-out choice"], pack=True)
     for stage in STAGES:
         rows[f"pack, only {stage}, own adapter for the rest"] = Setting(merged=(stage,), rest="own", pack=True)
     for stage in STAGES:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -104,7 +105,7 @@ def compare(
     blocks = parse.block_weights(block_weights)
     calls = dict(parse.pair(text, "--trigger") for text in trigger)
 
-    from loraclr.collect import QUICK
+    from loraclr.collect import collection_for
     from loraclr.compare import compare as run
     from loraclr.compare.page import write_page
     from loraclr.compare.pictures import draw
@@ -135,7 +136,7 @@ def compare(
             calls=calls,
             rank=rank,
             seed=seed,
-            collection=QUICK if quick else None,
+            collection=partial(collection_for, quick=quick),
             allow=allow,
             keep=keep,
             scratch=scratch or output.absolute().parent,

@@ -63,16 +63,16 @@ def merge(
 
     import torch
 
-    from loraclr.collect import QUICK, collection_for
+    from loraclr.collect import collection_for
     from loraclr.merge import merge as run
     from loraclr.methods import find_method, make_method, parameters
 
     known = parameters(find_method(method.partition(":")[0]))
     solver = make_method(method, **parse.settings(set_, {row.name: row.type for row in known}))
-    collection = QUICK if quick else None
+    collection = collection_for(solver.needs, quick=quick)
     if prompts is not None or preserve is not None:
         _check_prompts(solver, prompts, preserve, measure=measure)
-        collection = parse.collection(collection or collection_for(solver.needs), prompts, preserve)
+        collection = parse.collection(collection, prompts, preserve)
     pipeline = None if base is None else open_base(base, device, base_dtype, offload=offload, config=base_config)
     with show.progress(quiet=json) as tell:
         result = run(
@@ -143,7 +143,7 @@ def show_result(result: MergeResult, written: Path, *, json: bool) -> None:
     if any(layer.residuals for layer in result.layers):
         show.out.print("fit, held out: mean residual; 0 is the adapter's own behaviour, 1 the base's", style="dim", markup=False)
         if result.parameters.get("choose") == "held_out":
-            show.out.print("held out: not unseen, the ridge was chosen on these prompts", style="dim", markup=False)
+            show.out.print("held out: not unseen, ridge, prior and preservation were chosen on these prompts", style="dim", markup=False)
         said = "what is left of each adapter; how loud others are on it is in the receipt"
         if result.cross_talk is None:
             said = f"not measured for more than {FEW} adapters; loraclr compare does, if it may take long"

@@ -6,14 +6,14 @@ import os
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import asdict, replace
 from pathlib import Path
 
 from loraclr import disk
 from loraclr.adapter import Adapter
 from loraclr.blocks import weighted
-from loraclr.collect import Collection, Concept
+from loraclr.collect import Collection, Concept, collection_for
 from loraclr.compare.comparison import Comparison, Entry
 from loraclr.compare.measures import measure
 from loraclr.errors import MergeError, UsageError
@@ -43,7 +43,7 @@ def compare(
     calls: Mapping[str, str] | None = None,
     rank: int | None = None,
     seed: int | None = None,
-    collection: Collection | None = None,
+    collection: Collection | Callable[[Set[str]], Collection] = collection_for,
     allow: Sequence[str] = (),
     keep: str | Path | None = None,
     scratch: str | Path | None = None,
@@ -53,10 +53,11 @@ def compare(
     argument here is as in `merge`.
 
     Every method collects for itself what it learns from, as in `merge`. Residuals, strength and cross-talk are measured afterwards, for all
-    methods on the same features: those of each concept's own adapter, on the prompts of `collection`. A method that these inputs do not
-    suit, or that fails, is an entry that says why. `keep` is a folder that the merged files are written to, by label, `scratch` one for
-    what does not fit into memory. Without `seed` it is that of `collection`. Raises UsageError, WriteError where `keep` cannot be
-    made, and MergeError if no method could merge.
+    methods on the same features: those of each concept's own adapter, on the prompts of `collection`, which is one for all or says what a
+    method with these needs collects (for what is common it is asked without needs). A method that these inputs do not suit, or that
+    fails, is an entry that says why. `keep` is a folder that the merged files are written to, by label, `scratch` one for what does not
+    fit into memory. Without `seed` it is that of `collection`. Raises UsageError, WriteError where `keep` cannot be made, and
+    MergeError if no method could merge.
     """
     if methods is not None and not methods:
         raise UsageError("no methods to compare; name at least one, or leave them out for all")
@@ -68,8 +69,8 @@ def compare(
     meant = weighted(loaded, block_weights or {}, None if base is None else base.cross_attention_layers)
     if keep is not None:
         disk.make_folder(Path(keep))
-    seed = (collection or Collection()).seed if seed is None else seed
-    usual = replace(collection or Collection(), seed=seed)
+    common = collection if isinstance(collection, Collection) else collection(frozenset())
+    usual = common if seed is None else replace(common, seed=seed)
     entries = []
     for index, (label, method) in enumerate(chosen.items()):
 
@@ -89,8 +90,8 @@ def compare(
                     block_weights=block_weights,
                     calls=calls,
                     rank=rank,
-                    seed=seed,
-                    collection=collection,
+                    seed=usual.seed,
+                    collection=collection if isinstance(collection, Collection) else collection(method.needs),
                     allow=allow,
                     progress=tell,
                     scratch=scratch,
@@ -112,7 +113,7 @@ def compare(
     assert first is not None
     settings = {
         "base": first.base,
-        "seed": seed,
+        "seed": usual.seed,
         "rank": rank,
         "inputs": first.inputs,
         "versions": first.versions,

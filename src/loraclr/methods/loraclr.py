@@ -21,6 +21,7 @@ from loraclr.statistics import Gap
 
 FEW = 16  # paired rows that the certificate is tried on first
 LADDER = (1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1000.0)  # what `choose` tries, times `ridge`
+GUARDS = (1.0, 0.1, 0.3, 3.0, 10.0)  # and then, times `preservation`
 OVERGROWN = 3.0  # times the largest input: a delta this large fits noise
 
 
@@ -37,7 +38,10 @@ class Loraclr(Checked):
     ridge: Annotated[float, Option("mu, in mean diagonals of S: pulls towards the prior, against fitting noise", 0)] = 3e-4
     choose: Annotated[
         Literal["fixed", "held_out"],
-        Option("take `ridge` as it is, or the best of 1, 3, 10, ... 1000 times it on held-out prompts, which then judge no more"),
+        Option(
+            "take `ridge`, `prior` and `preservation` as they are, or layer by layer what held-out prompts, six unless told, like best: "
+            "1, 3, 10, ... 1000 times the ridge with either prior, then .1 to 10 times the preservation; these prompts then judge no more"
+        ),
     ] = "fixed"
     preservation: Annotated[
         float, Option("w: how much concept-free prompts must stay as they are; 1 as all concepts together, 0 needs no such statistics", 0)
@@ -129,11 +133,23 @@ class Loraclr(Checked):
             raise UsageError(f"importance has {len(self.importance)} numbers for {concepts} concepts; give one for each")
 
     def solve(self, problem: LayerProblem) -> LayerSolution:
+        self.check(len(problem.concepts))
+        return (self._chosen(problem) if self.choose == "held_out" else self)._solve(problem)
+
+    def _chosen(self, problem: LayerProblem) -> Loraclr:
+        """These hyper-parameters with the ridge, prior and preservation that held-out prompts like best; the first of equals."""
+        judge = Quadratic.held_out(problem)
+
+        def best(candidates: Iterable[Loraclr]) -> Loraclr:
+            return min(candidates, key=lambda one: judge.value_and_gradient(one._quadratic(problem).minimiser())[0])
+
+        priors: tuple[Literal["zero", "mean"], ...] = ("zero", "mean") if self.prior == "zero" else ("mean", "zero")
+        found = best(replace(self, ridge=self.ridge * factor, prior=prior) for prior in priors for factor in LADDER)
+        return best(replace(found, preservation=found.preservation * share) for share in (GUARDS if self.preservation > 0 else (1.0,)))
+
+    def _solve(self, problem: LayerProblem) -> LayerSolution:
         number = len(problem.concepts)
-        self.check(number)
         quadratic = self._quadratic(problem)
-        if self.choose == "held_out":
-            quadratic = _best(quadratic, Quadratic.held_out(problem))
         v, extra = quadratic.penalised(number * self.penalty / 2) if self.penalty > 0 else (quadratic.minimiser(), 0.0)
         convex = Outcome(v, quadratic.least(v, extra) / number)
         largest = max(_norm(up, down) for up, down in problem.factors)
@@ -234,7 +250,7 @@ class Loraclr(Checked):
         notes |= {"objective": objective} if known else {}
         notes["growth"] = size / largest if largest > 0 else 0.0
         if self.choose == "held_out":
-            notes["ridge_chosen_on"] = "held_out"
+            notes |= {"chosen_on": "held_out", "ridge": self.ridge, "prior": self.prior, "preservation": self.preservation}
         if chosen.active or chosen.v is not convex.v:  # the hinge is never negative: no J is below the least of the rest
             notes["gap"] = max(objective - convex.value - self.penalty * float(convex.v.norm()), 0.0)
         notes["certificate"] = f"{certificate}; J({self._objective(frame.mu)})"
@@ -327,12 +343,6 @@ class Frame:
     pull: float  # ||R||
     largest: float  # of the adapters' norms
     convex: Outcome
-
-
-def _best(quadratic: Quadratic, judge: Quadratic) -> Quadratic:
-    """`quadratic` with the ridge whose minimiser `judge` likes best; the first of equals."""
-    tried = [quadratic.with_mu(quadratic.mu * factor) for factor in LADDER]
-    return min(tried, key=lambda one: judge.value_and_gradient(one.minimiser())[0])
 
 
 def _norm(up: Tensor, down: Tensor) -> float:
