@@ -92,6 +92,32 @@ def svd_of_product(up: Tensor, down: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return left @ u, s, vh @ right.T
 
 
+def thin_svd_of_product(up: Tensor, down: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """`svd_of_product` without the singular values that are zero up to the rounding of the factors, which may cancel each other."""
+    u, s, vh = svd_of_product(up, down)
+    size = float((up.norm(dim=0) * down.norm(dim=1)).sum())
+    rank = int((s > _rounding(up.shape[0], down.shape[1]) * size).sum())
+    return u[:, :rank], s[:rank], vh[:rank]
+
+
+def orientation(columns: Tensor) -> Tensor:
+    """(1, k) signs that make the entry of largest magnitude of each column (out, k) positive: an SVD may return either sign."""
+    if not columns.shape[1]:
+        return columns.new_ones(1, 0)
+    return columns.gather(0, columns.abs().argmax(0, keepdim=True)).sign()
+
+
+def orthonormalised(columns: Tensor) -> Tensor:
+    """The nearest (out, k) with orthonormal columns to unit columns (out, k), U V^T of their U S V^T (Procrustes).
+
+    Where columns are the same up to single precision, or more than `out`, it has orthonormal columns on their span only: a singular value
+    that is nothing but rounding stays 0 instead of becoming 1.
+    """
+    u, s, vh = svd_of_product(columns, torch.eye(columns.shape[1], dtype=torch.float64))
+    there = s > INDEPENDENT
+    return u[:, there] @ vh[there]
+
+
 def block_diagonal(blocks: Sequence[Tensor]) -> Tensor:
     """The blocks (rows_i, columns_i) along the diagonal, zeros elsewhere."""
     whole: Tensor = torch.block_diag(*blocks)  # type: ignore[no-untyped-call]
@@ -109,6 +135,11 @@ def span(columns: Tensor) -> Tensor:
 def truncate(up: Tensor, down: Tensor, rank: int) -> Truncation:
     """The best approximation of up @ down of rank `rank` (Eckart-Young), both factors equally large in every direction."""
     up, down = up.to(torch.float64), down.to(torch.float64)
+    side = min(up.shape[0], down.shape[1])
+    if 0 < rank < side <= up.shape[1]:  # the product is no larger than the cores would be: two to five times faster
+        dense = truncate_dense(up @ down, rank)
+        if dense.up.shape[1]:
+            return dense
     found = _leading(up, down, rank)
     if found is not None:
         return found
