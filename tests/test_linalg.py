@@ -71,9 +71,9 @@ def test_a_cut_is_the_best_also_where_factors_are_nearly_dependent(smallest, whe
     assert torch.allclose(thin[0].norm(dim=0), thin[1].norm(dim=1))
 
 
-@pytest.mark.parametrize(("out", "width", "k"), [(9, 7, 7), (7, 9, 12), (8, 8, 20)])
+@pytest.mark.parametrize(("out", "width", "k"), [(9, 7, 7), (7, 9, 12), (8, 8, 20), (8, 11, 7)])
 def test_more_columns_than_the_product_needs_are_multiplied_out(out, width, k, monkeypatch):
-    """It is the same cut, faster: see benchmarks/methods.py."""
+    """Or nearly that many: the same cut, faster."""
     up, down = draw(out, k), draw(k, width)
     values = torch.linalg.svdvals(up @ down)
     monkeypatch.setattr(linalg, "_leading", None)

@@ -20,6 +20,7 @@ JITTER = (1e-12, 1e-10, 1e-8)  # times the mean diagonal, tried in turn
 BLOCK = 64  # columns of a Gram computed at a time: more are hardly faster, and store more of the half that is not needed
 CLEAR = 1e-6  # squared singular values above this share of the factors' own are exact to 1e-10 in spite of being squared
 APART, INDEPENDENT = 0.15, 1e-5  # of a column's length, from what the others span: far from it, and further than rounding
+WIDE = 7 / 8  # of the smaller side: with more columns stacked than that, their product is cut faster than their factors
 NULL = 1e-12  # eigenvalues of a Gram below this share of the largest are rounding, not signal
 
 
@@ -135,8 +136,8 @@ def span(columns: Tensor) -> Tensor:
 def truncate(up: Tensor, down: Tensor, rank: int) -> Truncation:
     """The best approximation of up @ down of rank `rank` (Eckart-Young), both factors equally large in every direction."""
     up, down = up.to(torch.float64), down.to(torch.float64)
-    side = min(up.shape[0], down.shape[1])
-    if 0 < rank < side <= up.shape[1]:  # the product is no larger than the cores would be: two to five times faster
+    side, stacked = min(up.shape[0], down.shape[1]), up.shape[1]
+    if 0 < rank < min(side, stacked) and stacked >= WIDE * side:
         dense = truncate_dense(up @ down, rank)
         if dense.up.shape[1]:
             return dense
