@@ -144,7 +144,7 @@ def measure(layer: str, shape: tuple[int, int], method: str, ranks: tuple[int, .
         given = with_features(given, seen, method)
     fields = METHODS[method].__dataclass_fields__  # type: ignore[attr-defined]
     most = min(CUT, min(shape) // 2)  # PEFT's "svd" types raise where the rank is above out or in
-    cut = most if "density" in fields and method != "knots" else None
+    cut = most if "density" in fields and method not in ("knots", "core-space") else None
     parameters: dict[str, object] = ({"density": DENSITY} if "density" in fields else {}) | ({"rank": most} if method == "svd" else {})
     made = make_method(method, **parameters)
 

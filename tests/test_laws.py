@@ -33,10 +33,13 @@ FAITHFUL = {  # method -> hyper-parameters in which it reproduces what it is giv
     "magnitude-prune": ({"density": 1.0}, 1e-13),
     "knots": ({"density": 1.0}, 1e-13),
     "linear": ({}, 1e-13),
+    "tsv": ({}, 1e-13),
+    "core-space": ({"density": 1.0}, 1e-13),
 }
 MODELS = ("ziplora", "lorahub")  # solve all layers at once and stop early: they bring nobody back (but see test_methods_models.py)
 TOKENS = ("pplus",)  # leaves weights alone on purpose: a law of its own
-DEFAULT = (*FAITHFUL, *MODELS)
+LEVELLED = ("iso-c",)  # changes even one adapter on purpose: laws of its own in test_methods_spectral.py
+DEFAULT = (*FAITHFUL, *MODELS, *LEVELLED)
 ORDERED = tuple(name for name in DEFAULT if name != "lorahub")  # which local optimum a search finds may depend on the order
 ZEROED = tuple(name for name in DEFAULT if name != "ziplora")  # a change of zero has columns, which others are kept apart from
 # In float32: a loss that is flat within sqrt(eps) of the optimum, and steps and searches that follow its rounding.
@@ -64,7 +67,7 @@ def near(name, tolerance):
 
 
 def test_no_method_is_above_the_law():
-    assert {name.partition(":")[0] for name in (*FAITHFUL, *TOKENS, *MODELS)} == set(METHODS)
+    assert {name.partition(":")[0] for name in (*FAITHFUL, *TOKENS, *MODELS, *LEVELLED)} == set(METHODS)
     assert all(isinstance(make_method(name), AdapterMethod) for name in MODELS)
 
 
@@ -141,7 +144,10 @@ def test_a_layer_that_an_adapter_lacks_is_a_change_of_zero(name):
         assert relative(found, problem.delta(0) * share) < 1e-12
 
 
-@pytest.mark.parametrize("name", ["sum", "orthogonal", "svd", "ties", "dare-linear", "dare-ties", "magnitude-prune", "knots", "linear"])
+IDLE = ("sum", "orthogonal", "svd", "ties", "dare-linear", "dare-ties", "magnitude-prune", "knots", "linear", "iso-c", "tsv", "core-space")
+
+
+@pytest.mark.parametrize("name", IDLE)
 def test_an_adapter_that_does_nothing_changes_nothing(name):
     """Without features nothing is known of its concept. Only the mean counts it."""
     problem = make_problem(3)

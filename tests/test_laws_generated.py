@@ -20,7 +20,7 @@ STOPPED = ("loraclr-reference", "gradient-fusion", "ziplora", "lorahub")
 ANY = [name for name in (*METHODS, "loraclr:exact") if name not in STOPPED]
 # Solves, whose conditioning costs digits; a penalty or a hinge is not linear in the weights either.
 FITTED = ("loraclr", "loraclr:exact", "regmean", "custom-diffusion")
-WHOLE = {"ties": 1.0, "dare-linear": 1.0, "dare-ties": 1.0, "magnitude-prune": 1.0, "knots": 1.0}
+WHOLE = {"ties": 1.0, "dare-linear": 1.0, "dare-ties": 1.0, "magnitude-prune": 1.0, "knots": 1.0, "core-space": 1.0}
 SUMS = ("sum", "orthogonal", "svd", "dare-linear", "magnitude-prune")
 quick = settings(max_examples=20, deadline=None, derandomize=True)
 
@@ -118,6 +118,6 @@ def test_a_mean_that_agrees_is_the_delta(problem):
     """N times the same adapter under any of the votes."""
     index = next(index for index, layer in enumerate(problem.layers) if layer is not None)
     one = replace(problem, layers=(problem.layers[index],) * len(problem.layers), weights=(problem.weights[index],) * len(problem.layers))
-    for name in ("ties", "dare-ties", "knots", "average"):
+    for name in ("ties", "dare-ties", "knots", "core-space", "average"):
         found = solve(name, one, **({"density": 1.0} if name in WHOLE else {})).delta()
         assert relative(found, one.delta(0)) < 1e-12, name

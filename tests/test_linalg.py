@@ -71,6 +71,25 @@ def test_a_cut_is_the_best_also_where_factors_are_nearly_dependent(smallest, whe
     assert torch.allclose(thin[0].norm(dim=0), thin[1].norm(dim=1))
 
 
+@pytest.mark.parametrize(("out", "width", "k"), [(9, 7, 7), (7, 9, 12), (8, 8, 20), (8, 11, 7)])
+def test_more_columns_than_the_product_needs_are_multiplied_out(out, width, k, monkeypatch):
+    """Or nearly that many: the same cut, faster."""
+    up, down = draw(out, k), draw(k, width)
+    values = torch.linalg.svdvals(up @ down)
+    monkeypatch.setattr(linalg, "_leading", None)
+    monkeypatch.setattr(linalg, "svd_of_product", None)
+    cut = linalg.truncate(up, down, 3)
+    assert cut.up.shape == (out, 3) and cut.down.shape == (3, width)
+    assert float((cut.up @ cut.down - up @ down).norm()) == pytest.approx(float(values[3:].norm()), rel=1e-9)
+    assert cut.lost == pytest.approx(float(values[3:].norm() / values.norm()), rel=1e-9)
+    assert torch.allclose(cut.up.norm(dim=0), cut.down.norm(dim=1))
+
+
+def test_a_product_of_zero_keeps_its_rank():
+    cut = linalg.truncate(draw(5, 8), torch.zeros(8, 6), 2)
+    assert cut.up.shape == (5, 2) and cut.down.shape == (2, 6) and not (cut.up @ cut.down).any() and cut.lost == 0
+
+
 def test_truncation_by_hand():
     up, down = torch.diag(torch.tensor([4.0, 3.0, 0.0, 0.0])), torch.eye(4)
     cut = linalg.truncate(up, down, 1)

@@ -145,6 +145,13 @@ def test_tokens_alone_merge_into_their_union(shared, tmp_path):
     assert not len(back) and torch.equal(back.tokens["<dee>"], pair[0].tokens["<dee>"])
 
 
+def test_tokens_alone_without_any_token_are_refused(adapters):
+    silent = [adapter for adapter in adapters if not adapter.tokens]
+    assert silent and len(silent) < len(adapters)
+    refused("pplus merges learned tokens alone, and none of the adapters brings one; use another method", silent, method="pplus")
+    assert merge(adapters, method="pplus").adapter.tokens
+
+
 def test_custom_diffusion_keeps_keys_and_averages_or_leaves_the_rest(shared, adapters):
     mean = merge(adapters, method="average").adapter
     result = run(adapters, shared, "custom-diffusion")

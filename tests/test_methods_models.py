@@ -126,6 +126,17 @@ def test_ziplora_leaves_text_encoders_at_the_sum_and_absent_layers_alone():
     assert relative(found[NAME].delta(), problem.delta(0) * 0.5) < 1e-2, "alone in its layer, it collides with nobody"
 
 
+def test_ziplora_says_when_training_made_it_worse():
+    problem = make_problem(2)
+    given = model(problem, towards({NAME: problem.delta(0) + problem.delta(1)}))
+    far = make_method("ziplora", steps=3, learning_rate=100.0).solve_model(given)[NAME]
+    assert far.diagnostics["last_loss"] > far.diagnostics["first_loss"]
+    assert "above the sum's" in far.advice and "lower `learning_rate`" in far.advice
+    near = make_method("ziplora", steps=20, learning_rate=0.01, penalty=10.0).solve_model(given)[NAME]
+    assert near.diagnostics["last_loss"] > 10 * near.diagnostics["first_loss"], "what the penalty asks for is no fault"
+    assert not near.advice
+
+
 def test_ziploras_draws_are_the_seeds():
     problem = make_problem(2)
     draws: list[list[int]] = []

@@ -20,6 +20,7 @@ JITTER = (1e-12, 1e-10, 1e-8)  # times the mean diagonal, tried in turn
 BLOCK = 64  # columns of a Gram computed at a time: more are hardly faster, and store more of the half that is not needed
 CLEAR = 1e-6  # squared singular values above this share of the factors' own are exact to 1e-10 in spite of being squared
 APART, INDEPENDENT = 0.15, 1e-5  # of a column's length, from what the others span: far from it, and further than rounding
+WIDE = 7 / 8  # of the smaller side: with more columns stacked than that, their product is cut faster than their factors
 NULL = 1e-12  # eigenvalues of a Gram below this share of the largest are rounding, not signal
 
 
@@ -92,6 +93,32 @@ def svd_of_product(up: Tensor, down: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return left @ u, s, vh @ right.T
 
 
+def thin_svd_of_product(up: Tensor, down: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """`svd_of_product` without the singular values that are zero up to the rounding of the factors, which may cancel each other."""
+    u, s, vh = svd_of_product(up, down)
+    size = float((up.norm(dim=0) * down.norm(dim=1)).sum())
+    rank = int((s > _rounding(up.shape[0], down.shape[1]) * size).sum())
+    return u[:, :rank], s[:rank], vh[:rank]
+
+
+def orientation(columns: Tensor) -> Tensor:
+    """(1, k) signs that make the entry of largest magnitude of each column (out, k) positive: an SVD may return either sign."""
+    if not columns.shape[1]:
+        return columns.new_ones(1, 0)
+    return columns.gather(0, columns.abs().argmax(0, keepdim=True)).sign()
+
+
+def orthonormalised(columns: Tensor) -> Tensor:
+    """The nearest (out, k) with orthonormal columns to unit columns (out, k), U V^T of their U S V^T (Procrustes).
+
+    Where columns are the same up to single precision, or more than `out`, it has orthonormal columns on their span only: a singular value
+    that is nothing but rounding stays 0 instead of becoming 1.
+    """
+    u, s, vh = svd_of_product(columns, torch.eye(columns.shape[1], dtype=torch.float64))
+    there = s > INDEPENDENT
+    return u[:, there] @ vh[there]
+
+
 def block_diagonal(blocks: Sequence[Tensor]) -> Tensor:
     """The blocks (rows_i, columns_i) along the diagonal, zeros elsewhere."""
     whole: Tensor = torch.block_diag(*blocks)  # type: ignore[no-untyped-call]
@@ -109,6 +136,11 @@ def span(columns: Tensor) -> Tensor:
 def truncate(up: Tensor, down: Tensor, rank: int) -> Truncation:
     """The best approximation of up @ down of rank `rank` (Eckart-Young), both factors equally large in every direction."""
     up, down = up.to(torch.float64), down.to(torch.float64)
+    side, stacked = min(up.shape[0], down.shape[1]), up.shape[1]
+    if 0 < rank < min(side, stacked) and stacked >= WIDE * side:
+        dense = truncate_dense(up @ down, rank)
+        if dense.up.shape[1]:
+            return dense
     found = _leading(up, down, rank)
     if found is not None:
         return found

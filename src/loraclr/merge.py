@@ -55,7 +55,7 @@ class LayerReceipt:
     stage: int
     adapted_by: tuple[str, ...]
     rank: int
-    lost: float  # relative error of cutting to that rank, in the metric it was cut in
+    lost: float  # relative error of all that was cut off, by the method and to that rank, in the metric it was cut in
     rows: int  # collected rows of all concepts
     width: int  # input features; fewer rows than this leave the layer under-determined
     status: str
@@ -215,6 +215,7 @@ def merge(
     concepts = concepts_of([adapter for adapter, *_ in sources], weights, calls or {}, needed=prompted, base=base, allow=allow)
     if isinstance(solver, Checked):
         solver.check(len(concepts))
+        solver.check_tokens(sum(len(concept.adapter.tokens) for concept in concepts))
     if block_weights:
         attentions = None if base is None else base.cross_attention_layers
         concepts = [
@@ -439,7 +440,7 @@ def _receipt(
         stage,
         tuple(concept for concept, own in zip(problem.concepts, problem.layers, strict=True) if own is not None),
         up.shape[1],
-        _rounded(lost),
+        _rounded((solution.lost**2 + (1 - solution.lost**2) * lost**2) ** 0.5),  # what both cuts take away is orthogonal
         sum(m.count for m in moments),
         problem.width,
         solution.status,

@@ -6,11 +6,13 @@ from typing import Any
 
 from loraclr.errors import UsageError
 from loraclr.methods.average import Average
+from loraclr.methods.core_space import CoreSpace
 from loraclr.methods.crosstalk import CrossTalk, cross_talk
 from loraclr.methods.custom_diffusion import CustomDiffusion
 from loraclr.methods.dare_linear import DareLinear
 from loraclr.methods.dare_ties import DareTies
 from loraclr.methods.gradient_fusion import GradientFusion
+from loraclr.methods.iso_c import IsoC
 from loraclr.methods.knots import Knots
 from loraclr.methods.linear import Linear
 from loraclr.methods.loraclr import Loraclr
@@ -34,6 +36,7 @@ from loraclr.methods.regmean import Regmean
 from loraclr.methods.sum import Sum
 from loraclr.methods.svd import Svd
 from loraclr.methods.ties import Ties
+from loraclr.methods.tsv import Tsv
 from loraclr.methods.ziplora import Ziplora
 
 METHODS: dict[str, type] = {
@@ -42,6 +45,7 @@ METHODS: dict[str, type] = {
         *(Loraclr, LoraclrReference),
         *(Average, GradientFusion, Regmean, CustomDiffusion, Orthogonal, Pplus, Ziplora, Lorahub),  # the baselines of its tables
         *(Sum, Svd, Ties, DareLinear, DareTies, MagnitudePrune, Knots, Linear),  # what people use
+        *(IsoC, Tsv, CoreSpace),  # of 2025, by weights alone
     )
 }
 

@@ -48,10 +48,8 @@ def aligned(problem: LayerProblem) -> tuple[Tensor, list[Tensor]]:
     """
     ups, downs = zip(*problem.factors, strict=True)
     thin = [torch.linalg.qr(down.T) for down in downs]
-    basis, sizes, right = linalg.svd_of_product(torch.cat(ups, 1), linalg.block_diagonal([lower.T for _, lower in thin]))
-    rank = int((sizes > max(problem.out, problem.width) * torch.finfo(torch.float64).eps * sizes.max()).sum()) if len(sizes) else 0
-    basis, right = basis[:, :rank], right[:rank]
-    signs = basis.gather(0, basis.abs().argmax(0, keepdim=True)).sign() if rank else basis.new_ones(1, 0)
-    parts = (signs * sizes[:rank]).T * right
+    basis, sizes, right = linalg.thin_svd_of_product(torch.cat(ups, 1), linalg.block_diagonal([lower.T for _, lower in thin]))
+    signs = linalg.orientation(basis)
+    parts = (signs * sizes).T * right
     blocks = torch.split_with_sizes(parts, [lower.shape[0] for _, lower in thin], 1)
     return basis * signs, [block @ left.T for block, (left, _) in zip(blocks, thin, strict=True)]

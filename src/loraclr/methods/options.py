@@ -101,3 +101,6 @@ class Checked:
 
     def check(self, concepts: int) -> None:
         """Raises UsageError where the hyper-parameters are not for that many concepts."""
+
+    def check_tokens(self, tokens: int) -> None:
+        """Raises MergeError where it has nothing to merge in adapters that bring that many learned tokens."""

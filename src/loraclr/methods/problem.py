@@ -144,7 +144,7 @@ class LayerSolution:
     `status` is one word ("optimal", "refined", "regularised", ...), `advice` a sentence when something deserves attention,
     `diagnostics` plain numbers for the receipt. `metric` makes the curvature (in, in) of the method's own objective, in which a cut to
     a smaller rank is then least; without it a cut is made in the mean Gram of the collected rows. A `claim` is what exact distances
-    over all rows can settle, `distances` those it was settled by.
+    over all rows can settle, `distances` those it was settled by. `lost` is the relative error of what the method itself cut off, 0..1.
     """
 
     up: Tensor | None = None
@@ -156,6 +156,7 @@ class LayerSolution:
     metric: Callable[[], Tensor] | None = None
     claim: Claim | None = None
     distances: Distances | None = None
+    lost: float = 0.0
 
     def delta(self) -> Tensor:
         """(out, in)."""

@@ -42,7 +42,7 @@ class Ziplora(Checked):
         }
         trained = [m for name, own in mergers.items() for index, m in enumerate(own) if m.requires_grad and _adapts(problem, name, index)]
         with torch.no_grad():
-            first = float(problem.loss(self._changes(problem, mergers), None))
+            first, touching = float(problem.loss(self._changes(problem, mergers), None)), float(self._collisions(problem, mergers))
         if trained:
             optimiser = torch.optim.Adam(trained, lr=self.learning_rate)
             generator = torch.Generator().manual_seed(problem.seed)
@@ -58,11 +58,14 @@ class Ziplora(Checked):
             last, collisions = float(problem.loss(self._changes(problem, mergers), None)), float(self._collisions(problem, mergers))
         if not last < float("inf"):
             raise NumericalError(f"the mergers' loss became {last}; lower `learning_rate`, or run the base in float32")
+        before, after = first + self.penalty * touching, last + self.penalty * collisions
+        risen = f"training left the objective at {after:.3g}, above the sum's {before:.3g}; lower `learning_rate`"
         return {
             name: LayerSolution.of_factors(
                 torch.cat([up for up, _ in layer.factors], 1),
                 torch.cat([down * m.detach().double() for (_, down), m in zip(layer.factors, mergers[name], strict=True)]),
                 status="trained",
+                advice=risen if after > before else "",
                 first_loss=first,
                 last_loss=last,
                 collisions=collisions,
