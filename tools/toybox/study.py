@@ -59,6 +59,9 @@ TUNED: Mapping[str, Mapping[str, tuple[Any, ...]]] = {
     "dare-ties": {"scale": (1.0, 2.0, 4.0), "density": (0.5, 0.9)},
     "magnitude-prune": {"scale": (0.1, 0.15, 0.2), "density": (0.2, 0.5)},
     "knots": {"scale": (1.0, 2.0, 4.0), "density": (0.2, 0.5)},
+    "iso-c": {"scale": (0.15, 0.3, 0.6), "rank": (None, 32)},
+    "tsv": {"scale": (0.3, 0.6, 1.0), "kept": (None, 8)},
+    "core-space": {"scale": (0.5, 1.0, 2.0), "density": (0.2, 0.5)},
     "ziplora": {"steps": (100, 300), "learning_rate": (0.003, 0.01, 0.03)},
     "lorahub": {"budget": (40, 80), "penalty": (0.05, 0.01, 0.0)},
 }
