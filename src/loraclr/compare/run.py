@@ -6,7 +6,7 @@ import os
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -43,7 +43,7 @@ def compare(
     calls: Mapping[str, str] | None = None,
     rank: int | None = None,
     seed: int | None = None,
-    collection: Collection | None = None,
+    collection: Collection | Callable[[Set[str]], Collection] | None = None,
     allow: Sequence[str] = (),
     keep: str | Path | None = None,
     scratch: str | Path | None = None,
@@ -53,7 +53,8 @@ def compare(
     argument here is as in `merge`.
 
     Every method collects for itself what it learns from, as in `merge`. Residuals, strength and cross-talk are measured afterwards, for all
-    methods on the same features: those of each concept's own adapter, on the prompts of `collection`. A method that these inputs do not
+    methods on the same features: those of each concept's own adapter, on the prompts of `collection`. That is for all methods alike, or a
+    function from a method's needs (of none: what is measured on), such as `collection_for`. A method that these inputs do not
     suit, or that fails, is an entry that says why. `keep` is a folder that the merged files are written to, by label, `scratch` one for
     what does not fit into memory. Without `seed` it is that of `collection`. Raises UsageError, WriteError where `keep` cannot be
     made, and MergeError if no method could merge.
@@ -68,8 +69,9 @@ def compare(
     meant = weighted(loaded, block_weights or {}, None if base is None else base.cross_attention_layers)
     if keep is not None:
         disk.make_folder(Path(keep))
-    seed = (collection or Collection()).seed if seed is None else seed
-    usual = replace(collection or Collection(), seed=seed)
+    usual = (collection(frozenset()) if callable(collection) else collection) or Collection()
+    seed = usual.seed if seed is None else seed
+    usual = replace(usual, seed=seed)
     entries = []
     for index, (label, method) in enumerate(chosen.items()):
 
@@ -90,7 +92,7 @@ def compare(
                     calls=calls,
                     rank=rank,
                     seed=seed,
-                    collection=collection,
+                    collection=collection(method.needs) if callable(collection) else collection,
                     allow=allow,
                     progress=tell,
                     scratch=scratch,
@@ -106,8 +108,8 @@ def compare(
         progress("merging", 1.0)
     done = [entry for entry in entries if entry.result is not None]
     if not done:
-        reasons = {entry.why: entry.label for entry in reversed(entries)}  # of those that are the same, the first method's
-        raise MergeError(f"no method could merge: {'; '.join(f'{label}: {why}' for why, label in reversed(reasons.items()))}")
+        reasons = Comparison(tuple(entries), {}).reasons()
+        raise MergeError(f"no method could merge: {'; '.join(f'{labels[0]}: {why}' for why, labels in reasons.items())}")
     first = done[0].result
     assert first is not None
     settings = {
