@@ -361,6 +361,7 @@ def test_prompts_that_nobody_reads_are_refused(call, monkeypatch, base, files, p
         return error(call("merge", *files, "--base", base, "--output", tmp_path / "out.safetensors", *words))
 
     assert "sum learns from no prompts; leave it out, or add --measure" in refused("--method", "sum", "--prompts", prompts[0])
+    assert "--quick: sum runs nothing that could be quicker; leave it out, or add --measure" in refused("--method", "sum", "--quick")
     assert "regmean with these parameters preserves no prompts" in refused("--method", "regmean", "--preserve", prompts[1])
     assert "preserves no prompts" in refused("--set", "preservation=0", "--preserve", prompts[1])
     assert "needs exactly one {}" in refused("--prompts", prompts[1])
@@ -707,6 +708,8 @@ def test_methods_describes_one(call):
     assert code == 0 and "Eckart-Young" in out and "loraclr-reference" not in out
     assert call("methods", "loraclr:exact")[0] == 0
     assert "sum, also concat, task-arithmetic" in call("methods", "concat")[1]
+    assert "sum, also concat, task-arithmetic weighted sum" in call("methods")[1], "where a user of PEFT looks for it"
+    assert "| `sum` (also `concat`, `task-arithmetic`) | weighted sum" in describe.table()
     assert "Did you mean 'average'?" in error(call("methods", "averige"))
 
 
