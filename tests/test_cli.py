@@ -23,6 +23,7 @@ from loraclr.cli import convert as convert_command
 from loraclr.cli import generate as generate_command
 from loraclr.cli import main, parse
 from loraclr.cli import merge as merge_command
+from loraclr.cli import methods as methods_command
 from loraclr.cli import toybox as toybox_command
 from loraclr.errors import MergeError, UsageError
 from loraclr.formats import FORMATS, WRITTEN, load_adapter, save_adapter
@@ -703,12 +704,13 @@ def test_every_method_has_the_same_five_lines():
         assert method.reference in lines[4] and all(row.name in lines[3] for row in parameters(method))
 
 
-def test_methods_describes_one(call):
+def test_methods_describes_one(call, monkeypatch):
     code, out, _ = call("methods", "svd")
     assert code == 0 and "Eckart-Young" in out and "loraclr-reference" not in out
     assert call("methods", "loraclr:exact")[0] == 0
     assert "sum, also concat, task-arithmetic" in call("methods", "concat")[1]
-    assert "sum, also concat, task-arithmetic weighted sum" in call("methods")[1], "where a user of PEFT looks for it"
+    monkeypatch.setattr(methods_command.show.out, "_width", 200)
+    assert "as loading all adapters at once; also concat, task-arithmetic no" in call("methods")[1], "where a user of PEFT looks for it"
     assert "| `sum` (also `concat`, `task-arithmetic`) | weighted sum" in describe.table()
     assert "Did you mean 'average'?" in error(call("methods", "averige"))
 

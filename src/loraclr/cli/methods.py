@@ -35,7 +35,10 @@ def methods(
     if name is None:
         overview = show.table("method", "what it does", "needs a base", "presets")
         for method in chosen:
-            overview.add_row(_called(method), method.summary, "yes" if describe.needs_base(method) else "no", " ".join(_presets(method)))
+            others = f"; also {', '.join(method.aliases)}" if method.aliases else ""
+            overview.add_row(
+                method.name, method.summary + others, "yes" if describe.needs_base(method) else "no", " ".join(_presets(method))
+            )
         show.out.print(overview)
     for method in chosen:
         asks = f"When: {method.when}.\nInputs: {describe.inputs(method)}.\n"

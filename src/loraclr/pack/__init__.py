@@ -163,8 +163,9 @@ class Pack:
     ) -> MergeResult:
         """Merges the concepts, one layer's statistics in memory at a time, with the receipt of `merge`. Needs no base.
 
-        `weights` and `block_weights` scale the concepts' changes by name, as in `merge` without a base; what they saw is that at weight 1. A pack has no paired rows, so `loraclr` runs
-        without its hinge (margin 0). Raises UsageError for methods that need more than statistics, MergeError.
+        `weights` and `block_weights` scale the concepts' changes by name, as in `merge` without a base; what they saw is that at weight 1.
+        A pack has no paired rows, so `loraclr` runs without its hinge (margin 0). Raises UsageError for methods that need more than
+        statistics, MergeError.
         """
         if not self.concepts:
             raise MergeError(f"{self.path} holds no concept; add some with `loraclr pack add`")
