@@ -23,6 +23,7 @@ from loraclr.cli import convert as convert_command
 from loraclr.cli import generate as generate_command
 from loraclr.cli import main, parse
 from loraclr.cli import merge as merge_command
+from loraclr.cli import methods as methods_command
 from loraclr.cli import toybox as toybox_command
 from loraclr.errors import MergeError, UsageError
 from loraclr.formats import FORMATS, WRITTEN, load_adapter, save_adapter
@@ -361,6 +362,7 @@ def test_prompts_that_nobody_reads_are_refused(call, monkeypatch, base, files, p
         return error(call("merge", *files, "--base", base, "--output", tmp_path / "out.safetensors", *words))
 
     assert "sum learns from no prompts; leave it out, or add --measure" in refused("--method", "sum", "--prompts", prompts[0])
+    assert "--quick: sum runs nothing that could be quicker; leave it out, or add --measure" in refused("--method", "sum", "--quick")
     assert "regmean with these parameters preserves no prompts" in refused("--method", "regmean", "--preserve", prompts[1])
     assert "preserves no prompts" in refused("--set", "preservation=0", "--preserve", prompts[1])
     assert "needs exactly one {}" in refused("--prompts", prompts[1])
@@ -702,11 +704,14 @@ def test_every_method_has_the_same_five_lines():
         assert method.reference in lines[4] and all(row.name in lines[3] for row in parameters(method))
 
 
-def test_methods_describes_one(call):
+def test_methods_describes_one(call, monkeypatch):
     code, out, _ = call("methods", "svd")
     assert code == 0 and "Eckart-Young" in out and "loraclr-reference" not in out
     assert call("methods", "loraclr:exact")[0] == 0
     assert "sum, also concat, task-arithmetic" in call("methods", "concat")[1]
+    monkeypatch.setattr(methods_command.show.out, "_width", 200)
+    assert "as loading all adapters at once; also concat, task-arithmetic no" in call("methods")[1], "where a user of PEFT looks for it"
+    assert "| `sum` (also `concat`, `task-arithmetic`) | weighted sum" in describe.table()
     assert "Did you mean 'average'?" in error(call("methods", "averige"))
 
 

@@ -18,7 +18,7 @@ from PIL import Image
 from loraclr.adapter import Adapter, DenseLayer
 from loraclr.cli import compare as command
 from loraclr.cli import main
-from loraclr.collect import QUICK, Concept, collect
+from loraclr.collect import QUICK, Concept, collect, collection_for
 from loraclr.compare import compare, every_method, measure
 from loraclr.compare.page import write_page
 from loraclr.compare.pictures import Drawing, by_toybox, draw
@@ -308,7 +308,21 @@ def test_the_command_passes_on_what_merge_takes(adapters, tmp_path, capsys, monk
         raise MergeError("enough")
 
     monkeypatch.setattr(sys.modules["loraclr.compare"], "compare", seen)
-    call(capsys, "compare", *files, "--output", tmp_path / "p.html", "--block-weights", "ada=0,0.5,2", "--allow", "edit", "--quick")
+    monkeypatch.setattr(command, "open_base", lambda *_, **__: None)
+    call(
+        capsys,
+        "compare",
+        *files,
+        "--base",
+        "x",
+        "--output",
+        tmp_path / "p.html",
+        "--block-weights",
+        "ada=0,0.5,2",
+        "--allow",
+        "edit",
+        "--quick",
+    )
     assert (given["block_weights"], given["allow"], given["collection"](set())) == ({"ada": [0, 0.5, 2]}, ["edit"], QUICK)
 
 
@@ -366,3 +380,73 @@ def test_the_command_checks_pictures_before_it_merges(shared, adapters, tiny_cli
     (tmp_path / "page.html").unlink()
     code, _, err = call(capsys, *(word for word in words if word != "--force"), "--steps", 2)
     assert code == 1 and "01-0.png is there already" in err and not (tmp_path / "page.html").exists()
+
+
+# What a cut lost, and one's own prompts -------------------------------------------------------------------------------------------------
+
+
+def test_what_a_cut_lost_is_in_table_page_and_json(adapters, tmp_path, capsys):
+    files = [save_adapter(adapter, tmp_path / f"{adapter.name}.safetensors") for adapter in adapters]
+    page, report = tmp_path / "page.html", tmp_path / "report.json"
+    words = ("compare", *files, "--methods", "sum,svd", "--rank", 1, "--output", page, "--json", report)
+    code, out, _ = call(capsys, *words)
+    lost = {row["label"]: row["lost"] for row in json.loads(report.read_text())["methods"]}
+    expected = max(layer.lost for layer in merge(files, method="sum", rank=1).layers)
+    assert code == 0 and expected > 0.05 and lost["sum"] == pytest.approx(expected, abs=1e-4)
+    assert re.search(rf"sum +1 +{expected:.1%} ", out) and "lost: the most" in out
+    assert f"<td>{expected:.1%}</td>" in page.read_text() and "<th>lost</th>" in page.read_text()
+    whole = compare(adapters, methods={"sum": make_method("sum")})
+    assert whole.report()["methods"][0]["lost"] == 0 == whole.entries[0].lost
+    assert "<td>0</td>" in write_page(whole, page).read_text()
+
+
+@pytest.mark.parametrize(("width", "tables"), [(80, 2), (140, 1)])
+def test_labels_are_whole_on_any_screen(found, tmp_path, capsys, monkeypatch, width, tables):
+    monkeypatch.setattr(command.show.out, "_width", width)
+    long = replace(found.entries[0], label="loraclr-reference:paper:lr=0.005")
+    command._show(replace(found, entries=(*found.entries, long)), tmp_path / "page.html")
+    out = capsys.readouterr().out
+    rows = [line for line in out.splitlines() if line.startswith(("sum:scale=0.3 ", "loraclr-reference:paper:lr=0.005 "))]
+    assert len(rows) == 2 * tables and out.count("method ") == tables and all(len(row) <= width for row in rows)
+
+
+@pytest.fixture
+def prompts(tmp_path):
+    """Files of prompts with and without a concept."""
+    (tmp_path / "with.txt").write_text("a <TOK> on a table\n[held out]\na {} outside\n")
+    (tmp_path / "without.txt").write_text("a vase\n")
+    return tmp_path / "with.txt", tmp_path / "without.txt"
+
+
+def test_the_command_learns_from_prompts_of_files(shared, adapters, prompts, tmp_path, capsys):
+    shared._pipe.save_pretrained(tmp_path / "base")
+    files = [save_adapter(adapter, tmp_path / f"{adapter.name}.safetensors") for adapter in adapters[:2]]
+    words = ("compare", *files, "--base", tmp_path / "base", "--output", tmp_path / "page.html", "--keep", tmp_path / "kept")
+    words = (*words, "--methods", "loraclr:rounds=1,custom-diffusion,average", "--json", tmp_path / "report.json")
+    assert call(capsys, *words, "--fit-prompts", prompts[0], "--preserve", prompts[1])[0] == 0
+    measured = json.loads((tmp_path / "report.json").read_text())["settings"]["collection"]
+    assert (measured["fit"], measured["held_out"]) == (["a {} on a table"], ["a {} outside"])
+    for label, method, parameters in (("loraclr-rounds=1", "loraclr", {"rounds": 1}), ("custom-diffusion", "custom-diffusion", {})):
+        with_them = command.parse.collection(collection_for(make_method(method, **parameters).needs), *prompts)
+        assert with_them.preserve == ("", "a vase")
+        same = merge(files, base=shared, method=method, parameters=parameters, collection=with_them).adapter
+        kept = load_adapter(tmp_path / "kept" / f"{label}.safetensors")
+        assert all((kept.layers[name].delta() - layer.delta()).norm() <= 5e-3 * layer.delta().norm() for name, layer in same.layers.items())
+        said = json.loads(kept.metadata["loraclr.receipt"])["collection"]
+        assert (said["fit"], said["steps"]) == (["a {} on a table"], with_them.steps)
+
+
+def test_prompts_that_no_method_reads_are_refused(tmp_path, prompts, capsys, monkeypatch):
+    monkeypatch.setattr(command, "open_base", lambda *_, **__: pytest.fail("work was done"))
+    words = ("compare", tmp_path / "ada.safetensors", "--output", tmp_path / "page.html")
+    for more, said in (
+        (("--fit-prompts", prompts[0]), "with.txt: without a base nothing is learned from prompts or measured; give --base"),
+        (("--preserve", prompts[1]), "without.txt: without a base"),
+        (("--quick",), "--quick: without a base"),
+        (("--base", "x", "--methods", "sum,regmean", "--preserve", prompts[1]), "none of sum, regmean preserves prompts"),
+        (("--base", "x", "--fit-prompts", prompts[1]), "needs exactly one {}"),
+        (("--base", "x", "--preserve", prompts[0]), "to be without any concept"),
+        (("--prompts", prompts[0]), "to learn from: --fit-prompts"),
+    ):
+        code, out, err = call(capsys, *words, *more)
+        assert code == 1 and out == "" and said in err, err

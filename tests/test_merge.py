@@ -5,7 +5,9 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import re
 import sys
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import ClassVar
@@ -428,8 +430,35 @@ def test_triggers_are_needed_only_where_prompts_are_made(shared, adapters):
 
 
 def test_a_method_that_looks_at_features_needs_a_base(adapters):
-    refused("loraclr needs the base", adapters, method="loraclr")
-    refused("base", adapters, measure=True)
+    for method in ("loraclr", "gradient-fusion", "ziplora"):
+        said = refused(f"{method} needs the base", adapters, method=method)
+        assert "--base PATH_OR_ID, in Python base=" in said and re.search(
+            "weights alone need none: average, .*sum, svd, ties,.* knots", said
+        )
+        assert "regmean" not in said
+    assert "--base PATH_OR_ID, in Python base=" in refused("sum is measured on .* so --measure", adapters, method="sum", measure=True)
+
+
+@pytest.mark.parametrize(
+    ("method", "parameters", "asked", "look"),
+    [
+        *[(method, {"density": 0.0}, {}, "weights and density and scale") for method in ("ties", "knots", "dare-linear")],
+        ("sum", {"scale": 0.0}, {}, "weights and scale"),
+        ("average", {}, {"weights": [0.0, 0.0, 0.0]}, "weights"),
+    ],
+)
+def test_a_merge_that_changes_nothing_says_so(adapters, method, parameters, asked, look):
+    with pytest.warns(MergeWarning, match=rf"^{method} left nothing of these adapters.*look at the {look}$"):
+        merged = merge(adapters, method=method, parameters=parameters, **asked).adapter
+    assert not any(layer.delta().any() for layer in merged)
+
+
+def test_what_is_nothing_from_the_start_is_no_news(adapters):
+    zeros = [Adapter({name: replace(layer, up=layer.up * 0) for name, layer in adapters[0].layers.items()}, name="ada")]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        merge(zeros, method="sum")
+        merge(adapters, method="sum", weights=[0.0, 0.0, 1e-3])
 
 
 def test_layers_that_the_base_does_not_have(shared, adapters):

@@ -103,6 +103,9 @@ def test_a_preset_of_another_method_is_named_with_it(preset):
 
 
 def test_all_configuration_errors_come_in_one_message():
+    for name, meant in (("LORACLR", "loraclr"), ("Ties", "ties"), ("DARE-Linear", "dare-linear")):
+        with pytest.raises(UsageError, match=f"no method '{name}'. Did you mean '{meant}'"):
+            make_method(name)
     with pytest.raises(UsageError, match="Did you mean 'loraclr'"):
         make_method("loracrl")
     with pytest.raises(UsageError) as caught:

@@ -16,6 +16,7 @@ from test_collect import assert_moments, fused, hooked, prompts, states
 
 from loraclr import Pack, linalg, statistics
 from loraclr.adapter import Adapter, DenseLayer, LoraLayer, ProductLayer
+from loraclr.blocks import attention_places, multipliers
 from loraclr.cli import main
 from loraclr.errors import FormatError, LoraclrError, MergeError
 from loraclr.formats import load_adapter, save_adapter
@@ -150,6 +151,22 @@ def test_a_layer_that_nobody_had_is_collected_for_all_and_files_stay(shared, who
 def test_the_order_of_inputs_is_irrelevant(shared, whole, tmp_path):
     pack = Pack.create(tmp_path / "pack", three(shared)[::-1], base=shared, collection=TINY)
     assert contents(pack) == contents(whole)
+
+
+def test_weights_by_block_scale_layers(shared, whole):
+    """Each layer is that of a build with its number as the adapter's weight, and the whole that of a merge of scaled layers."""
+    places = attention_places(layer.name for adapter in three(shared) for layer in adapter)
+    numbers = [0.25, *(0.5 + index for index in range(len(places)))]
+    factors = multipliers(whole.statistics(), numbers, places)
+    assert len(set(factors.values())) > 2
+    found = deltas(whole, block_weights={"ada": numbers})
+    alike = {factor: deltas(whole, weights={"ada": factor}) for factor in set(factors.values())}
+    assert_equal(found, {name: alike[factor][name] for name, factor in factors.items()}, 1e-6)
+    ada, *others = (whole.concept(name).adapter for name in whole.concepts)
+    scaled = ada.with_(layers={name: replace(layer, scale=layer.scale * factors[name]) for name, layer in ada.layers.items()})
+    by_hand = merge([scaled, *others], method="loraclr", parameters=KEPT, statistics=whole.statistics())
+    assert_equal(found, {layer.name: layer.delta(torch.float64) for layer in by_hand.adapter}, 1e-6)
+    assert whole.build(block_weights={"ada": numbers}).inputs[0]["block_weights"] == numbers
 
 
 def test_a_build_is_linear_in_the_weights(whole):
@@ -372,6 +389,8 @@ def test_a_method_that_needs_more_is_refused(whole):
     refused("loraclr needs .*paired rows", whole.build, parameters={"margin": 0.5})
     refused("custom-diffusion needs the released code's few unpadded prompts", whole.build, method="custom-diffusion")
     refused("weights were given for eve", whole.build, weights={"eve": 1.0})
+    refused("block weights were given for 'eve', but the adapters are ada, ben, cai", whole.build, block_weights={"eve": [1.0]})
+    refused("ada has 1 block weights; .* are needed, BASE and one for each", whole.build, block_weights={"ada": [1.0]})
     refused("importance has 2 numbers for 3 concepts", whole.build, parameters={"importance": (1.0, 2.0)})
     assert whole.build(method="sum", parameters={"scale": 0.5}).mean_residual() > 0, "weights alone will do, and are measured"
 
@@ -474,6 +493,10 @@ def test_the_commands(shared, tmp_path, capsys):
     receipt = json.loads((tmp_path / "out.safetensors.json").read_text())
     assert [entry["weight"] for entry in receipt["inputs"]] == [1.0, 0.5] and receipt["parameters"]["ridge"] == 0.01
     assert load_adapter(out).ranks[-1] <= 2
+    blocks = ",".join(["0"] * (1 + len(attention_places(layer.name for layer in three(shared)[0]))))
+    assert "block_weights" in call("build", pack, "--output", out, "--force", "--json", "--block-weights", f"ada={blocks}")
+    inputs = json.loads((tmp_path / "out.safetensors.json").read_text())["inputs"]
+    assert [entry["block_weights"] and set(entry["block_weights"]) for entry in inputs] == [{0.0}, None]
     assert "exists already" in call("build", pack, "--output", out, code=1)
     assert json.loads(call("build", pack, "--output", out, "--force", "--json"))["method"] == "loraclr"
     assert "no parameter 'rigde'" in call("build", pack, "--output", tmp_path / "x.safetensors", "--set", "rigde=1", code=1)

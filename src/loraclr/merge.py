@@ -32,7 +32,7 @@ from loraclr.methods.options import Checked
 from loraclr.methods.problem import AdapterMethod, LayerProblem, LayerSolution, Method, Siblings, residuals
 from loraclr.pipeline import Pipeline
 from loraclr.predictions import model_problem
-from loraclr.preflight import check_fit, checks, union
+from loraclr.preflight import check_fit, checks, nothing_left, union, without_base
 from loraclr.refit import Refits, check_again, refitted, rounds_of
 from loraclr.scratch import Scratch, peak_memory
 from loraclr.statistics import LayerStats
@@ -235,7 +235,7 @@ def merge(
     if score is not None and "score" not in solver.needs:
         raise UsageError(f"{solver.name} searches for nothing, so it takes no score; use lorahub")
     if base is None and (collecting or "base" in solver.needs):
-        raise MergeError(f"{solver.name} needs the base model's features; pass the pipeline these adapters were trained on")
+        raise without_base(solver.name, measure=not solver.needs & {"base", "statistics", "sample", "preserve"})
     settings = collection or collection_for(solver.needs)
     seed = settings.seed if seed is None else seed
     settings = dataclasses.replace(
@@ -281,7 +281,6 @@ def merge(
             seen = collect(base, concepts, names, settings=settings, merged=merged, progress=tell, scratch=room)
             seconds["collect"] += time.perf_counter() - began
         began = time.perf_counter()
-
         siblings = Siblings()
 
         def problem_of(layer: str, seen: Mapping[str, LayerStats] = seen, siblings: Siblings = siblings) -> LayerProblem:
@@ -316,6 +315,8 @@ def merge(
         seconds["solve"] += time.perf_counter() - began
         spilled = max(spilled, room.written)
         room.close()
+    if said := nothing_left(solver, [source for source, *_ in sources], list(merged.values()), told=all(row.advice for row in receipts)):
+        warnings.warn(said, MergeWarning, stacklevel=2)
     return MergeResult(
         Adapter(
             merged,

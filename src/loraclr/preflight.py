@@ -14,10 +14,12 @@ from typing import Literal
 
 import torch
 
-from loraclr.adapter import Adapter
+from loraclr.adapter import Adapter, Layer, LoraLayer
 from loraclr.errors import LoraclrError, MergeError
 from loraclr.families import NAMES
 from loraclr.formats import header, notes, provenance, reduced
+from loraclr.methods import METHODS, Method
+from loraclr.methods.describe import needs_base
 from loraclr.pipeline import Pipeline
 
 Level = Literal["refuse", "warn", "note"]
@@ -61,6 +63,26 @@ class Preflight:
 
     def of(self, level: Level) -> list[Finding]:
         return [finding for finding in self.findings if finding.level == level]
+
+
+def without_base(method: str, *, measure: bool) -> MergeError:
+    """What a merge without a base says that needs one; `measure` where only its measuring does."""
+    free = ", ".join(name for name, other in METHODS.items() if not needs_base(other))
+    give = "give the model that these adapters were trained on: --base PATH_OR_ID, in Python base=Pipeline.load(PATH_OR_ID)"
+    if measure:
+        return MergeError(
+            f"{method} is measured on the base model's features, so --measure (measure=True) needs it; {give}, or do not measure"
+        )
+    return MergeError(f"{method} needs the base model's features; {give}. Methods that look at weights alone need none: {free}")
+
+
+def nothing_left(method: Method, inputs: Sequence[Adapter], merged: Sequence[Layer], *, told: bool) -> str:
+    """What is said of a merge that made nothing of adapters that change something; empty of others, or where every layer has `told` it."""
+    left = any(layer.up.any() and layer.down.any() if isinstance(layer, LoraLayer) else layer.delta().any() for layer in merged)
+    if told or left or not any(layer.delta().any() for adapter in inputs for layer in adapter):
+        return ""
+    given = " and ".join(["weights", *(name for name in ("density", "scale") if hasattr(method, name))])
+    return f"{method.name} left nothing of these adapters: every merged layer is zero and changes nothing; look at the {given}"
 
 
 def preflight(

@@ -50,7 +50,7 @@ CONCEPTS = 12
 SPATIAL = ("attn1.to_q attn1.to_k", "attn1.to_v attn1.to_out", "attn2.to_q", "attn2.to_out")  # kinds of layers of the spatial stage
 # Six settings for every baseline that has something to choose; `sum` and the published optimiser have theirs in `settings`.
 TUNED: Mapping[str, Mapping[str, tuple[Any, ...]]] = {
-    "gradient-fusion": {"spatial_steps": (20, 50, 200), "steps": (100, 500)},
+    "gradient-fusion": {"spatial_steps": (5, 20), "steps": (5, 20, 100)},
     "regmean": {"off_diagonal": (0.5, 0.8, 0.9, 0.95, 0.99, 1.0)},
     "custom-diffusion": {"ridge": (1e-3, 1e-2, 1e-1), "others": ("average", "none")},
     "svd": {"scale": (0.1, 0.15, 0.2), "rank": (None, 32)},

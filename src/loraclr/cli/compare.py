@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from functools import partial
+from collections.abc import Callable, Mapping, Sequence, Set
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,11 +13,28 @@ from rich.text import Text
 from loraclr import disk
 from loraclr.cli import evaluate, parse, show
 from loraclr.cli.base import SOURCE, BaseConfig, BaseDtype, Device, Offload, open_base
-from loraclr.cli.options import Allow, Batch, BlockWeights, CollectionSeed, Guidance, Quick, Scratch, Size, Steps, Triggers, Weights
+from loraclr.cli.options import (
+    Allow,
+    Batch,
+    BlockWeights,
+    CollectionSeed,
+    FitPrompts,
+    Guidance,
+    Preserve,
+    Quick,
+    Scratch,
+    Size,
+    Steps,
+    Triggers,
+    Weights,
+)
 from loraclr.errors import UsageError
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from loraclr.adapter import Adapter
+    from loraclr.collect import Collection
     from loraclr.compare import Comparison, Entry
     from loraclr.compare.pictures import Drawing
     from loraclr.methods import Method
@@ -50,12 +66,15 @@ def compare(
     rank: Annotated[int | None, typer.Option(min=1, help="The most per layer.", show_default="what each solution needs")] = None,
     seed: CollectionSeed = 0,
     quick: Quick = False,
+    fit_prompts: FitPrompts = None,
+    preserve: Preserve = None,
     allow: Allow = [],  # noqa: B006
     pictures: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Draw every method at equal seeds into this folder.", show_default=False)
     ] = None,
     prompts: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="One prompt a line, {} or <TOK> for the concept's words.", show_default=False)
+        Path | None,
+        typer.Option(metavar="FILE", help="One prompt a line to draw, {} or <TOK> for the concept's words.", show_default=False),
     ] = None,
     judge: Annotated[
         str | None,
@@ -105,13 +124,14 @@ def compare(
     blocks = parse.block_weights(block_weights)
     calls = dict(parse.pair(text, "--trigger") for text in trigger)
 
-    from loraclr.collect import collection_for
     from loraclr.compare import compare as run
     from loraclr.compare.page import write_page
     from loraclr.compare.pictures import draw
     from loraclr.formats import load_adapter
 
     chosen = _methods(methods)
+    _check_prompts(base, chosen, fit_prompts, preserve, quick=quick)
+    collection = _collections(chosen, fit_prompts, preserve, quick=quick)
     pipeline = None if base is None else open_base(base, device, base_dtype, offload=offload, config=base_config)
     drawing, alone = None, {}
     if pictures is not None and pipeline is not None:
@@ -136,7 +156,7 @@ def compare(
             calls=calls,
             rank=rank,
             seed=seed,
-            collection=partial(collection_for, quick=quick),
+            collection=collection,
             allow=allow,
             keep=keep,
             scratch=scratch or output.absolute().parent,
@@ -162,13 +182,36 @@ def _check(path: Path, *, force: bool) -> None:
 def _check_pictures(base: str | None, pictures: Path | None, prompts: Path | None, *judging: object) -> None:
     judge, face, references = judging
     if pictures is None and (prompts or judge or face or references):
-        raise UsageError("--prompts, --judge, --face-judge and --references are for pictures; give --pictures DIR, too")
+        raise UsageError(
+            "--prompts, --judge, --face-judge and --references are for pictures; give --pictures DIR, too (to learn from: --fit-prompts)"
+        )
     if pictures is not None and base is None:
         raise UsageError("--pictures needs a model to draw with; give --base")
     if judge == TOYBOX and (prompts or face or references):
         raise UsageError("--judge toybox brings its own prompts and references; leave --prompts, --face-judge and --references out")
     if (judge != TOYBOX and bool(judge) != bool(references)) or (face and not judge):
         raise UsageError("judges compare with pictures of the concepts: give --judge and --references DIR together")
+
+
+def _check_prompts(base: str | None, chosen: Mapping[str, Method], prompts: Path | None, preserve: Path | None, *, quick: bool) -> None:
+    """Nothing is given of prompts and passes that nobody reads; the common measure reads `--fit-prompts`."""
+    files = {"--fit-prompts": prompts, "--preserve": preserve}
+    given = [f"{option} {file}" for option, file in files.items() if file is not None] + ["--quick"] * quick
+    if base is None and given:
+        raise UsageError(f"{given[0]}: without a base nothing is learned from prompts or measured; give --base PATH_OR_ID, or leave it out")
+    if preserve is not None and not any("preserve" in method.needs for method in chosen.values()):
+        raise UsageError(f"--preserve {preserve}: none of {', '.join(chosen)} preserves prompts; leave it out")
+
+
+def _collections(
+    chosen: Mapping[str, Method], prompts: Path | None, preserve: Path | None, *, quick: bool
+) -> Callable[[Set[str]], Collection]:
+    """By a method's needs what it collects with these files, as `merge` does; by none what all are measured on."""
+    from loraclr.collect import collection_for
+
+    asked: list[Set[str]] = [frozenset(), *(method.needs for method in chosen.values())]
+    found = {frozenset(needs): parse.collection(collection_for(needs, quick=quick), prompts, preserve) for needs in asked}
+    return lambda needs: found[frozenset(needs)]
 
 
 def _methods(texts: Sequence[str]) -> dict[str, Method]:
@@ -226,15 +269,17 @@ def _drawing(
 
 def _show(found: Comparison, output: Path) -> None:
     measured = any(entry.measure for entry in found.merged)
-    columns = [*(["held out", "fit", "strength", "cross-talk"] if measured else []), "rank", "file", "s", "memory"]
+    columns = {entry.label: (_measures(entry) if measured else {}, _costs(entry)) for entry in found.merged}
     title = f"{len(found.merged)} methods on {len(found.settings['inputs'])} adapters"
-    table = show.table("method", *columns, numbers=tuple(columns), title=title)
-    for entry in found.merged:
-        table.add_row(Text(entry.label), *_cells(entry, measured))
-    show.out.print(table, "")
+    table = _table(title, {label: measures | costs for label, (measures, costs) in columns.items()})
+    if show.fits(table) or not measured:
+        show.out.print(table, "")
+    else:
+        costs = _table("what they cost", {label: costs for label, (_, costs) in columns.items()})
+        show.out.print(_table(title, {label: measures for label, (measures, _) in columns.items()}), "", costs, "")
     if scores := found.scores():
         names = list(dict.fromkeys(name for values in scores.values() for name in values))
-        table = show.table("scores of pictures", *names, numbers=tuple(names))
+        table = show.table("scores of pictures", *names, numbers=tuple(names), whole=("scores of pictures",))
         for label, values in scores.items():
             table.add_row(Text(label), *(f"{values[name].mean:.2f}" if name in values else "-" for name in names))
         show.out.print(table, "")
@@ -243,21 +288,38 @@ def _show(found: Comparison, output: Path) -> None:
         show.out.print(said, style="dim", markup=False)
         said = f"strength: what is left of each adapter; cross-talk: how loud another still is beside it, unmerged {found.before:.2f}"
         show.out.print(said, style="dim", markup=False)
-    for entry in found.entries:
-        if entry.result is None:
-            show.out.print(Text(f"not merged by {entry.label}: {entry.why}", style="yellow"))
+    if any(entry.lost for entry in found.merged):
+        show.out.print("lost: the most that the cut to its rank took from a layer", style="dim", markup=False)
+    for why, labels in found.reasons().items():
+        show.out.print(Text(f"not merged by {', '.join(labels)}: {why}", style="yellow"))
     show.out.print(f"written: {output}", markup=False)
 
 
-def _cells(entry: Entry, measured: bool) -> list[str]:
-    cells = []
-    if measured:
-        talk = entry.measure.cross_talk.summary() if entry.measure else {}
-        residuals = [entry.measure.residual(kind) if entry.measure else math.nan for kind in ("held_out", "fit")]
-        cells = [_number(value) for value in (*residuals, talk.get("strength", math.nan), talk.get("after", math.nan))]
+def _table(title: str, cells: Mapping[str, Mapping[str, str]]) -> Table:
+    """Label -> column -> cell."""
+    columns = tuple(next(iter(cells.values())))
+    table = show.table("method", *columns, numbers=columns, title=title, whole=("method",))
+    for label, row in cells.items():
+        table.add_row(Text(label), *row.values())
+    return table
+
+
+def _measures(entry: Entry) -> dict[str, str]:
+    talk = entry.measure.cross_talk.summary() if entry.measure else {}
+    held_out, fit = (entry.measure.residual(kind) if entry.measure else math.nan for kind in ("held_out", "fit"))
+    values = {"held out": held_out, "fit": fit, "strength": talk.get("strength", math.nan), "cross-talk": talk.get("after", math.nan)}
+    return {name: _number(value) for name, value in values.items()}
+
+
+def _costs(entry: Entry) -> dict[str, str]:
     low, high = entry.ranks
-    memory = "-" if math.isnan(entry.megabytes) else f"{entry.megabytes:.0f} MB"
-    return [*cells, str(low) if low == high else f"{low}-{high}", show.size(entry.size), f"{entry.seconds:.1f}", memory]
+    return {
+        "rank": str(low) if low == high else f"{low}-{high}",
+        "lost": show.percent(entry.lost),
+        "file": show.size(entry.size),
+        "s": f"{entry.seconds:.1f}",
+        "memory": "-" if math.isnan(entry.megabytes) else f"{entry.megabytes:.0f} MB",
+    }
 
 
 def _number(value: float) -> str:

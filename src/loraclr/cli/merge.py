@@ -69,10 +69,8 @@ def merge(
 
     known = parameters(find_method(method.partition(":")[0]))
     solver = make_method(method, **parse.settings(set_, {row.name: row.type for row in known}))
-    collection = collection_for(solver.needs, quick=quick)
-    if prompts is not None or preserve is not None:
-        _check_prompts(solver, prompts, preserve, measure=measure)
-        collection = parse.collection(collection, prompts, preserve)
+    _check_read(solver, prompts, preserve, quick=quick, measure=measure)
+    collection = parse.collection(collection_for(solver.needs, quick=quick), prompts, preserve)
     pipeline = None if base is None else open_base(base, device, base_dtype, offload=offload, config=base_config)
     with show.progress(quiet=json) as tell:
         result = run(
@@ -96,10 +94,13 @@ def merge(
     show_result(result, written, json=json)
 
 
-def _check_prompts(solver: Method, prompts: Path | None, preserve: Path | None, *, measure: bool) -> None:
-    """No file is given that nobody reads."""
-    if prompts is not None and not measure and not {"statistics", "sample", "predictions"} & solver.needs:
+def _check_read(solver: Method, prompts: Path | None, preserve: Path | None, *, quick: bool, measure: bool) -> None:
+    """Nothing is given of prompts and passes that nobody reads."""
+    learns = measure or bool({"statistics", "sample", "predictions"} & solver.needs)
+    if prompts is not None and not learns:
         raise UsageError(f"--prompts {prompts}: {solver.name} learns from no prompts; leave it out, or add --measure")
+    if quick and not learns:
+        raise UsageError(f"--quick: {solver.name} runs nothing that could be quicker; leave it out, or add --measure")
     if preserve is not None and "preserve" not in solver.needs:
         raise UsageError(f"--preserve {preserve}: {solver.name} with these parameters preserves no prompts; leave it out")
 
@@ -126,7 +127,7 @@ def show_result(result: MergeResult, written: Path, *, json: bool) -> None:
             _stage_name([layer.layer for layer in layers]),
             str(len(layers)),
             str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]}-{ranks[-1]}",
-            _percent(max(layer.lost for layer in layers)),
+            show.percent(max(layer.lost for layer in layers)),
             _residual(mean_residual(layers, "fit")),
             _residual(mean_residual(layers, "held_out")),
             _hinge(layers),
@@ -181,7 +182,3 @@ def _hinge(layers: Sequence[LayerReceipt]) -> str:
 
 def _residual(mean: float) -> str:
     return "-" if math.isnan(mean) else f"{mean:.3f}"
-
-
-def _percent(share: float) -> str:
-    return "0" if share == 0 else f"{share:.1%}" if share >= 5e-4 else "<0.1%"

@@ -35,7 +35,10 @@ def methods(
     if name is None:
         overview = show.table("method", "what it does", "needs a base", "presets")
         for method in chosen:
-            overview.add_row(method.name, method.summary, "yes" if describe.needs_base(method) else "no", " ".join(_presets(method)))
+            others = f"; also {', '.join(method.aliases)}" if method.aliases else ""
+            overview.add_row(
+                method.name, method.summary + others, "yes" if describe.needs_base(method) else "no", " ".join(_presets(method))
+            )
         show.out.print(overview)
     for method in chosen:
         asks = f"When: {method.when}.\nInputs: {describe.inputs(method)}.\n"
@@ -48,8 +51,7 @@ def present(method: Any, *, described: bool, asks: str = "") -> None:
 
     if not described:
         show.out.print()
-    others = ", ".join(getattr(method, "aliases", ()))
-    show.out.print(f"{method.name}{', also ' if others else ''}{others}  ({method.reference})", style="bold", markup=False)
+    show.out.print(f"{_called(method)}  ({method.reference})", style="bold", markup=False)
     if described:
         if asks:
             show.out.print(asks, markup=False)
@@ -75,6 +77,11 @@ def record(method: Any) -> dict[str, object]:
         "presets": _presets(method),
         "parameters": [{key: value for key, value in row._asdict().items() if key != "type"} for row in parameters(method)],
     }
+
+
+def _called(method: Any) -> str:
+    others = ", ".join(getattr(method, "aliases", ()))
+    return f"{method.name}, also {others}" if others else str(method.name)
 
 
 def _presets(method: Any) -> dict[str, dict[str, object]]:

@@ -11,7 +11,7 @@ from rich.text import Text
 from loraclr import disk
 from loraclr.cli import parse, show
 from loraclr.cli.base import SOURCE, BaseConfig, BaseDtype, Device, Offload, open_base
-from loraclr.cli.options import CollectionSeed, FitPrompts, Preserve, Scratch, Triggers
+from loraclr.cli.options import BlockWeights, CollectionSeed, FitPrompts, Preserve, Scratch, Triggers
 
 if TYPE_CHECKING:
     from loraclr.pack import Pack
@@ -115,6 +115,7 @@ def build(
             metavar="[NAME=]NUMBER", help="Strength of a concept, by name or in the order of names; repeatable.", show_default="1"
         ),
     ] = [],  # noqa: B006
+    block_weights: BlockWeights = [],  # noqa: B006
     rank: Annotated[int | None, typer.Option(min=1, help="The most per layer.", show_default="what the solution needs")] = None,
     format: Annotated[Literal["kohya", "diffusers", "peft", "edlora"], typer.Option(help="Names and layout of the output.")] = "kohya",
     dtype: Annotated[Literal["fp16", "fp32"], typer.Option(help="Precision of the output.")] = "fp16",
@@ -138,12 +139,13 @@ def build(
     chosen = parse.settings(set_, {row.name: row.type for row in known})
     make_method(method, **chosen)  # what is wrong with it is said before anything is read
     opened = Pack.open(pack)
-    numbers = parse.weights(weight, opened.concepts)
+    numbers, blocks = parse.weights(weight, opened.concepts), parse.block_weights(block_weights)
     with show.progress(quiet=json) as tell:
         result = opened.build(
             method=method,
             parameters=chosen,
             weights=None if numbers is None else dict(zip(opened.concepts, numbers, strict=True)),
+            block_weights=blocks,
             rank=rank,
             name=output.name if format == "peft" else output.stem,
             progress=tell,

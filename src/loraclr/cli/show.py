@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console
+from rich.measure import Measurement
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
@@ -30,17 +31,26 @@ def as_json(value: Any) -> None:
     print(json.dumps(value, indent=2, default=str, allow_nan=False))
 
 
-def table(*columns: str, title: str | None = None, numbers: tuple[str, ...] = ()) -> Table:
-    """An open table; `numbers` are the columns that stand to the right."""
+def table(*columns: str, title: str | None = None, numbers: tuple[str, ...] = (), whole: tuple[str, ...] = ()) -> Table:
+    """An open table; `numbers` are the columns that stand to the right, `whole` those of which nothing is broken in two."""
     made = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False, header_style="dim")
     for column in columns:
-        made.add_column(column, justify="right" if column in numbers else "left", overflow="fold")
+        made.add_column(column, justify="right" if column in numbers else "left", overflow="fold", no_wrap=column in whole)
     return made
+
+
+def fits(table: Table) -> bool:
+    """Whether the table stands on the screen with no cell broken in two."""
+    return Measurement.get(out, out.options.update(width=10_000), table).maximum <= out.width
 
 
 def size(count: int) -> str:
     """Bytes for people."""
     return f"{count / 1e6:.1f} MB" if count >= 1e5 else f"{count / 1e3:.1f} kB"
+
+
+def percent(share: float) -> str:
+    return "0" if share == 0 else f"{share:.1%}" if share >= 5e-4 else "<0.1%"
 
 
 @contextmanager

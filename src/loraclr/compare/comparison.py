@@ -36,6 +36,11 @@ class Entry:
         return (min(found), max(found)) if found else (0, 0)
 
     @property
+    def lost(self) -> float:
+        """The most that a layer lost where it was cut to its rank, as `LayerReceipt.lost`; 0 without any."""
+        return max((layer.lost for layer in self.result.layers), default=0.0) if self.result else 0.0
+
+    @property
     def residual(self) -> float:
         """On held-out prompts; NaN where it was not measured."""
         return self.measure.residual() if self.measure else float("nan")
@@ -53,6 +58,14 @@ class Comparison:
     @property
     def merged(self) -> tuple[Entry, ...]:
         return tuple(entry for entry in self.entries if entry.result is not None)
+
+    def reasons(self) -> dict[str, list[str]]:
+        """Why methods did not merge -> their labels, those together to which the same happened."""
+        found: dict[str, list[str]] = {}
+        for entry in self.entries:
+            if entry.result is None:
+                found.setdefault(entry.why.removeprefix(f"{entry.label.partition(':')[0]} "), []).append(entry.label)
+        return found
 
     def scores(self) -> dict[str, dict[str, Estimate]]:
         """Row of pictures, controls included -> metric of `SHOWN` -> its mean and interval; nothing where there was no judge."""
@@ -91,6 +104,7 @@ def _entry(entry: Entry) -> dict[str, Any]:
         "method": entry.result.method,
         "parameters": entry.result.parameters,
         "rank": entry.ranks,
+        "lost": entry.lost,
         "bytes": entry.size,
         "seconds": round(entry.seconds, 2),
         "phases": entry.result.seconds,

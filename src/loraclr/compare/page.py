@@ -19,7 +19,9 @@ from loraclr.page import STYLE, img
 INTRODUCTION = """<p>All merges are measured on the same features: those of each concept's own adapter, collected once. The <i>residual</i> is how far
 a merged layer's output is from the adapter's own, on the merge's usual prompts and on prompts held out of them: 0 is the adapter, 1 the base.
 <i>Strength</i> is how much of each adapter is left at scale 1. <i>Cross-talk</i> is how loud another concept still is on a concept's features, beside
-its own adapter; unmerged, the adapters themselves are at <b>{before}</b>. Memory is the peak over what was in use before.</p>"""
+its own adapter; unmerged, the adapters themselves are at <b>{before}</b>.</p>"""
+COSTS = """<p>Lost is the most that the cut to its rank took from a layer, as a share of what the method solved for. Memory is the peak over what was
+in use before.</p>"""
 TALK = """<h2>Who is heard on whose features</h2>
 <p>Row by row, the features of one concept. <span class="key own"></span> on the diagonal: its strength in the merge, full colour at 1.
 <span class="key"></span> elsewhere: how loud each other concept is there, beside the row's own adapter. Hover for names and numbers.</p>
@@ -35,9 +37,8 @@ def write_page(comparison: Comparison, path: str | Path) -> Path:
     merged, inputs = comparison.merged, comparison.settings["inputs"]
     files = ", ".join(f"{html.escape(str(one['name']))} <code>{html.escape(str(one['call'] or '-'))}</code>" for one in inputs)
     measured = any(entry.measure for entry in merged)
-    left = [entry for entry in comparison.entries if entry.result is None]
     columns = ["residual, held out", "residual, usual", "strength", "cross-talk"] if measured else []
-    heads = ["method", *columns, "rank", "file", "seconds", "memory"]
+    heads = ["method", *columns, "rank", "lost", "file", "seconds", "memory"]
     page = Template((Path(__file__).parent / "page.html").read_text(encoding="utf-8"))
     disk.write(
         path,
@@ -46,10 +47,10 @@ def write_page(comparison: Comparison, path: str | Path) -> Path:
             methods=len(merged),
             count=len(inputs),
             inputs=files,
-            introduction=INTRODUCTION.format(before=_number(comparison.before)) if measured else "",
+            introduction=(INTRODUCTION.format(before=_number(comparison.before)) if measured else "") + COSTS,
             heads="".join(f"<th>{head}</th>" for head in heads),
             rows="".join(_row(entry, merged, measured) for entry in merged),
-            skipped=_skipped(left),
+            skipped=_skipped(comparison),
             measured=_measured(merged) if measured else "",
             pictures=_scores(comparison) + _pictures(comparison) if comparison.pictures else "",
             settings=_settings(comparison),
@@ -75,15 +76,19 @@ def _row(entry: Entry, merged: Sequence[Entry], measured: bool) -> str:
         ]
     low, high = entry.ranks
     memory = "–" if math.isnan(entry.megabytes) else f"{entry.megabytes:.0f} MB"
-    cells += [str(low) if low == high else f"{low}–{high}", f"{entry.size / 1e6:.1f} MB", f"{entry.seconds:.1f}", memory]
+    cells += [
+        str(low) if low == high else f"{low}–{high}",
+        _share(entry.lost),
+        f"{entry.size / 1e6:.1f} MB",
+        f"{entry.seconds:.1f}",
+        memory,
+    ]
     return f"<tr><td>{html.escape(entry.label)}</td>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>"
 
 
-def _skipped(left: Sequence[Entry]) -> str:
-    if not left:
-        return ""
-    reasons = "".join(f"<li><b>{html.escape(entry.label)}</b>: {html.escape(entry.why)}</li>" for entry in left)
-    return f"<h2>Not merged</h2><ul>{reasons}</ul>"
+def _skipped(comparison: Comparison) -> str:
+    reasons = "".join(f"<li><b>{html.escape(', '.join(of))}</b>: {html.escape(why)}</li>" for why, of in comparison.reasons().items())
+    return f"<h2>Not merged</h2><ul>{reasons}</ul>" if reasons else ""
 
 
 def _measured(merged: Sequence[Entry]) -> str:
@@ -168,3 +173,7 @@ def _settings(comparison: Comparison) -> str:
 
 def _number(value: float) -> str:
     return "–" if math.isnan(value) else f"{value:.2f}" if abs(value) < 100 else f"{value:.3g}"
+
+
+def _share(value: float) -> str:
+    return "0" if value == 0 else f"{value:.1%}" if value >= 5e-4 else "&lt;0.1%"

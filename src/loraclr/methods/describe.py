@@ -17,8 +17,8 @@ INTRODUCTION = """\
 
 Made by `make docs` from the methods themselves. One layer at a time: `D_i` is the delta of concept `i`, `w_i` its weight, `X_i` what the
 layer saw on its prompts, `G_i = X_i^T X_i`, `A_i` and `B_i` its `down` and `up`. A parameter is given as `--set NAME=VALUE`, a preset as
-`--method NAME:PRESET`. With every method `merge` and `compare` take weights per adapter (`--weight`) and per block (`--block-weights`), and
-`pack build` those per adapter.
+`--method NAME:PRESET`. With every method `merge`, `compare` and `pack build` take weights per adapter (`--weight`) and per block
+(`--block-weights`).
 """
 
 
@@ -45,7 +45,7 @@ def table() -> str:
     method: Any
     for method in METHODS.values():
         presets = f"; presets {', '.join(f'`{preset}`' for preset in method.presets)}" if method.presets else ""
-        rows.append(f"| `{method.name}` | {method.summary}{presets} | {'yes' if needs_base(method) else 'no'} |")
+        rows.append(f"| `{method.name}`{_also(method)} | {method.summary}{presets} | {'yes' if needs_base(method) else 'no'} |")
     return "\n".join(rows) + "\n"
 
 
@@ -69,10 +69,9 @@ def write(root: Path) -> list[Path]:
 
 
 def _section(method: Any) -> str:
-    others = f" (also {', '.join(f'`{alias}`' for alias in method.aliases)})" if method.aliases else ""
     options = [_option(row) for row in parameters(method)]
     lines = [
-        f"## `{method.name}`{others}\n",
+        f"## `{method.name}`{_also(method)}\n",
         f"- **Idea:** {method.summary}.",
         f"- **When:** {method.when}.",
         f"- **Inputs:** {inputs(method)}.",
@@ -90,6 +89,10 @@ def _section(method: Any) -> str:
         ]
         lines.append("")
     return "\n".join(lines)
+
+
+def _also(method: Any) -> str:
+    return f" (also {', '.join(f'`{alias}`' for alias in method.aliases)})" if method.aliases else ""
 
 
 def _option(row: Parameter) -> str:

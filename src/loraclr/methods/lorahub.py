@@ -18,7 +18,8 @@ class Lorahub(Checked):
     """D = sum_i c_i w_i D_i in every layer; c minimises cost(c) + penalty * mean |c| within [-bound, bound]^N, starting from c = 0.
 
     The cost is the noise-prediction error against each adapter on its own prompts, relative to the base's (`ziplora` has the same);
-    or minus the score that `merge(score=...)` was given, a function of the merged adapter. The search is COBYQA (Ragonneau 2022, in
+    or minus the score that `merge(score=...)` was given from Python, a function of the merged adapter: examples/score.py lets a judge of
+    pictures search. No option of the command line takes one. The search is COBYQA (Ragonneau 2022, in
     scipy), which models the cost by quadratics; the best coefficients that were tried are returned. The published method scales both
     factors and so merges (sum c_i B_i)(sum c_j A_j), with cross terms and for equal ranks only; here whole deltas are weighed. An
     adapter without this layer adds nothing. Which local optimum is found may depend on the order of the inputs. Without a score of

@@ -44,9 +44,10 @@ def parameters(method: type) -> tuple[Parameter, ...]:
 
 
 def nearest(word: str, words: Iterable[str]) -> str:
-    """` Did you mean ...?`, or nothing."""
-    close = difflib.get_close_matches(word, list(words), 1, 0.5)
-    return f" Did you mean {close[0]!r}?" if close else ""
+    """` Did you mean ...?`, or nothing. Capitals do not count."""
+    lower = {known.lower(): known for known in words}
+    close = difflib.get_close_matches(word.lower(), list(lower), 1, 0.5)
+    return f" Did you mean {lower[close[0]]!r}?" if close else ""
 
 
 def faults(method: type, values: Mapping[str, object]) -> list[str]:

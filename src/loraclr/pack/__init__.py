@@ -156,14 +156,16 @@ class Pack:
         method: str | Method = "loraclr",
         parameters: Mapping[str, Any] | None = None,
         weights: Mapping[str, float] | None = None,
+        block_weights: Mapping[str, Sequence[float]] | None = None,
         rank: int | None = None,
         name: str = "merged",
         progress: Tell | None = None,
     ) -> MergeResult:
         """Merges the concepts, one layer's statistics in memory at a time, with the receipt of `merge`. Needs no base.
 
-        `weights` scale the concepts' changes by name; what they saw is that at weight 1. A pack has no paired rows, so `loraclr` runs
-        without its hinge (margin 0). Raises UsageError for methods that need more than statistics, MergeError.
+        `weights` and `block_weights` scale the concepts' changes by name, as in `merge` without a base; what they saw is that at weight 1.
+        A pack has no paired rows, so `loraclr` runs without its hinge (margin 0). Raises UsageError for methods that need more than
+        statistics, MergeError.
         """
         if not self.concepts:
             raise MergeError(f"{self.path} holds no concept; add some with `loraclr pack add`")
@@ -183,6 +185,7 @@ class Pack:
             [concept.adapter for concept in concepts],
             method=solver,
             weights=[(weights or {}).get(concept.name, 1.0) for concept in concepts],
+            block_weights=block_weights,
             calls={concept.name: concept.call for concept in concepts},
             rank=rank,
             seed=self.collection.seed,
