@@ -458,7 +458,7 @@ def test_of_a_method_with_several_settings_the_study_can_show_the_best_alone():
     done = {name: {"identity": identity, "told": told, "named": 1.0} for name, (identity, told) in scored.items()}
     best = study.tuned(done)
     assert best == {"sum 0.2 (of 3, from 0.500)": done["sum 0.2"]}
-    head, _, line = study.table(done, shown=best).splitlines()
+    _head, _, line = study.table(done, shown=best).splitlines()
     assert line.startswith("| sum 0.2 (of 3, from 0.500) | 0.600 |")
 
 
