@@ -28,10 +28,11 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from benchmarks.solver import Kind, Layer, PeakMemory, provenance
+from benchmarks.solver import Kind, Layer, provenance
 from loraclr.adapter import Adapter, LoraLayer
 from loraclr.collect import QUICK, Collection, stage_of
 from loraclr.formats import save_adapter
+from loraclr.memory import PeakMemory
 from loraclr.merge import merge
 from loraclr.methods import make_method
 from loraclr.pipeline import Pipeline
@@ -185,18 +186,16 @@ class Phases:
     def __init__(self, stages: Sequence[str]) -> None:
         self.stages = stages
         self.found: dict[str, Phase] = {}
-        self.start = PeakMemory._now()
-        self._last, self._memory = time.perf_counter(), PeakMemory()
-        self._memory.__enter__()
+        self._memory = PeakMemory().__enter__()
+        self.start, self._last = self._memory.held, time.perf_counter()
 
     def __call__(self, what: str) -> None:
         self._memory.__exit__()
         now = time.perf_counter()
         before = self.found.get(what, Phase(0.0, 0.0))
-        megabytes = self._memory.megabytes + (self._memory._start - self.start) / 1e6
+        megabytes = self._memory.megabytes + self._memory.held - self.start
         self.found[what] = Phase(before.seconds + now - self._last, max(before.megabytes, megabytes))
-        self._memory = PeakMemory()
-        self._memory.__enter__()
+        self._memory = PeakMemory(tidy=False).__enter__()  # to tidy up takes time, which the merge would not
         self._last = now
 
     def tell(self, phase: str, share: float) -> None:
@@ -223,8 +222,8 @@ def run(scenario: str, quick: bool, settings: Collection) -> Run:
         folder = Path(name)
         files = write_files(base, scenario, count, folder, quick)
         calls = {path.stem: f"{word(index)} woman" for index, path in enumerate(files)}
-        before = PeakMemory._now() / 1e6
         phases = Phases(stages(base, scenario))
+        before = phases.start
         began = time.perf_counter()
         result = merge(files, base=base, calls=calls, collection=settings, progress=phases.tell, scratch=folder)
         # What precedes the first word of progress: reading the files, a part of the first concept's collection.

@@ -21,8 +21,9 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from benchmarks.solver import Kind, Layer, PeakMemory, provenance
+from benchmarks.solver import Kind, Layer, provenance
 from loraclr.adapter import LoraLayer
+from loraclr.memory import PeakMemory
 from loraclr.merge import file_factors
 from loraclr.methods import LayerProblem, make_method, residuals
 from loraclr.methods.problem import LayerMethod

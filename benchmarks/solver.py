@@ -28,7 +28,7 @@ from rich.table import Table
 from torch import Tensor
 
 from loraclr.adapter import LoraLayer
-from loraclr.compare.run import PeakMemory
+from loraclr.memory import PeakMemory
 from loraclr.methods import LayerProblem, LayerSolution, make_method, residuals
 from loraclr.methods.loraclr_reference import LoraclrReference
 from loraclr.statistics import LayerStats, Moments

@@ -15,7 +15,7 @@ SOURCE = Path(loraclr.__file__).parent
 # From the bottom up. Those of one row may not import each other.
 ORDER = (
     ("errors", "page"),
-    ("disk", "linalg", "pictures"),
+    ("disk", "linalg", "memory", "pictures"),
     ("adapter",),
     ("blocks", "statistics"),
     ("formats", "methods", "scratch"),

@@ -23,6 +23,7 @@ from loraclr.errors import FormatError, MergeError, PipelineError, UsageError
 from loraclr.formats import describe, load_adapter, save_adapter
 from loraclr.merge import MergeWarning, merge
 from loraclr.methods import METHODS, LayerSolution, make_method, method_names
+from loraclr.methods.loraclr_reference import LoraclrReference
 from loraclr.pipeline import Pipeline
 
 UNION = tuple(sorted((*TEXT, *KEYS, *SPATIAL)))
@@ -154,6 +155,26 @@ def test_tokens_alone_without_any_token_are_refused(adapters):
     assert merge(adapters, method="pplus").adapter.tokens
 
 
+def test_merged_tokens_say_what_each_says_alone(shared):
+    """No weight is touched, so that every prompt about one of them reads as with its own tokens alone, and draws the same picture."""
+    rows = len(shared.cross_attention_layers), 32
+    pair = [Adapter({}, name=name, tokens={f"<{name}>": torch.randn(*rows)}) for name in ("dee", "eli")]
+    merged = merge(pair, method="pplus").adapter
+    for own, foreign, prompts in (
+        (*pair, ["a <dee>", "a photo of a <dee> on a beach", "a dog"]),
+        (*reversed(pair), ["<eli>", "an old <eli>, <eli>"]),
+    ):
+        states, pictures = [], []
+        for adapter in (own, merged):
+            with shared.applied(adapter):
+                states.append([shared.encode([prompt]) for prompt in prompts])
+                pictures.append(shared.sample(prompts[:1], seeds=[0], steps=2)[0].tobytes())
+        assert all(torch.equal(alone, among) for alone, among in zip(*states, strict=True))
+        assert pictures[0] == pictures[1]
+        with shared.applied(Adapter({}, tokens={next(iter(own.tokens)): next(iter(foreign.tokens.values()))})):
+            assert not torch.allclose(shared.encode(prompts[:1]), states[0][0], atol=1e-3)
+
+
 def test_custom_diffusion_keeps_keys_and_averages_or_leaves_the_rest(shared, adapters):
     mean = merge(adapters, method="average").adapter
     result = run(adapters, shared, "custom-diffusion")
@@ -271,6 +292,53 @@ def test_diffusers_loads_the_file_as_base_plus_delta(tiny_pipe, shared, adapters
         if name in result.adapter.layers:
             expected = expected + result.adapter.layers[name].delta()
         assert torch.allclose(module.weight, expected, atol=1e-5), name
+
+
+def texts(shared) -> list[Adapter]:
+    """Two adapters of the text encoder alone: what the layers see does not depend on what comes after them."""
+    return [concept(shared, name, TEXT, rank=2, seed=seed, triggers=(f"{name} man",)) for seed, name in ((5, "dov"), (6, "eve"))]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("method", ["loraclr-reference:paper", "loraclr-reference:official", "loraclr:exact"])
+def test_the_saved_file_has_the_loss_that_was_logged(shared, tmp_path, method, dtype):
+    """The loss of what is read back from the file, redone from features; never above the base's. Ranks are no limit here."""
+    adapters, every = texts(shared), replace(SMALL, sample=10**6)
+    result = merge(adapters, base=shared, method=method, collection=every, rank=32)
+    saved = load_adapter(result.save(tmp_path / "merged.safetensors", dtype=dtype))
+    stats = collect(shared, [Concept(adapter, adapter.call) for adapter in adapters], list(TEXT), settings=every)
+    solver = make_method(method)
+    reference = LoraclrReference(penalty=solver.penalty, margin=solver.margin, anchor=solver.anchor, mse=getattr(solver, "mse", 0.0))
+    for receipt in result.layers:
+        rows = torch.stack([stats[receipt.layer].sample[adapter.name] for adapter in adapters]).double()
+        weight = shared.base_weight(receipt.layer).double()
+        deltas = torch.stack([adapter.layers[receipt.layer].delta(torch.float64) for adapter in adapters])
+        found, base = (
+            float(reference.loss(delta, rows, weight, rows @ (weight + deltas).mT).total)
+            for delta in (saved.layers[receipt.layer].delta(torch.float64), torch.zeros_like(weight))
+        )
+        logged = receipt.diagnostics["objective" if method == "loraclr:exact" else "best_loss"]
+        assert found == pytest.approx(logged, rel=1e-4 if dtype == torch.float32 else 1e-2) and found < base
+        if method != "loraclr:exact":
+            assert base == pytest.approx(receipt.diagnostics["first_loss"], rel=1e-4)
+
+
+@pytest.mark.parametrize("method", ["loraclr", "loraclr:contrastive", "loraclr-reference:paper"])
+def test_a_layers_bias_is_in_nothing(shared, tiny_pipe, method):
+    """Neither in what it learns from nor in what is made of it; one of a layer before it is in its inputs."""
+    last, before = TEXT[1], "text_encoder.encoder.layers.0.mlp.fc1"
+    adapters = [adapter.with_(layers={last: adapter.layers[last]}) for adapter in texts(shared)]
+    found = {}
+    for moved in (None, last, before):
+        pipe = tiny_pipe()
+        if moved is not None:
+            layers = getattr(pipe.text_encoder, "text_model", pipe.text_encoder).encoder.layers
+            with torch.no_grad():
+                layers[1 if moved == last else 0].mlp.fc1.bias += torch.linspace(-3, 3, layers[0].mlp.fc1.bias.numel())
+        result = run(adapters, Pipeline(pipe), method)
+        found[moved] = result.adapter.layers[last].delta(), result.layers[0].diagnostics, result.layers[0].residuals
+    assert torch.equal(found[None][0], found[last][0]) and found[None][1:] == found[last][1:]
+    assert not torch.allclose(found[None][0], found[before][0], rtol=1e-3)
 
 
 def test_the_file_says_how_it_was_made(shared, adapters, tmp_path):

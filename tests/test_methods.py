@@ -480,6 +480,18 @@ def test_reference_takes_adamw_steps():
     assert relative(descended.delta().double(), -1e-6 * gradient) < 1e-5
 
 
+def test_adam_destroys_the_rank_that_descent_keeps():
+    """Three adapters of rank 2: optimum and plain descent stay in the span of their six columns, AdamW's steps by sign fill the layer."""
+    problem = make_problem(3, out=12, width=10, rank=2)
+
+    def rank(method):
+        values = torch.linalg.svdvals(method.solve(problem).delta().double())
+        return int((values > 1e-4 * values[0]).sum())
+
+    assert rank(LoraclrReference()) == rank(make_method("loraclr-reference:official")) == 10
+    assert rank(LoraclrReference(optimiser="gd", learning_rate=1e-3)) == rank(PLAIN) == rank(make_method("gradient-fusion")) == 6
+
+
 def test_reference_distances_by_hand():
     problem = make_problem(2, rows=3)
     delta = torch.randn(8, 6, dtype=torch.float64)

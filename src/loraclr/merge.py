@@ -26,6 +26,7 @@ from loraclr.formats import check_layers, load_adapter, provenance, save_adapter
 from loraclr.formats.files import digest, tensor_digest
 from loraclr.linalg import Truncation, factor, lowest_rank, truncate, truncate_aware, truncate_dense
 from loraclr.lockstep import settled
+from loraclr.memory import peak_memory
 from loraclr.methods import METHODS, CrossTalk, make_method
 from loraclr.methods.crosstalk import meeting, residuals_of, tables_of
 from loraclr.methods.options import Checked
@@ -34,7 +35,7 @@ from loraclr.pipeline import Pipeline
 from loraclr.predictions import model_problem
 from loraclr.preflight import check_fit, checks, nothing_left, union, without_base
 from loraclr.refit import Refits, check_again, refitted, rounds_of
-from loraclr.scratch import Scratch, peak_memory
+from loraclr.scratch import Scratch
 from loraclr.statistics import LayerStats
 
 TOLD = (*REPEATED, "under")  # of what was collected: in a file's header

@@ -8,7 +8,6 @@ the process is, however it ends; elsewhere it goes on `close`.
 from __future__ import annotations
 
 import math
-import sys
 import tempfile
 from bisect import bisect
 from collections.abc import Callable, Iterator, Mapping
@@ -224,16 +223,6 @@ class Sample(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self._parts)
-
-
-def peak_memory() -> int | None:
-    """The most bytes this process has had in memory so far; None where the system does not say."""
-    try:
-        import resource
-    except ImportError:  # Windows
-        return None
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def _whole(read: Read, width: int) -> Tensor:

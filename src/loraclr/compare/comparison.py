@@ -25,8 +25,9 @@ class Entry:
     result: MergeResult | None = None
     size: int = 0  # bytes of its file
     seconds: float = float("nan")
-    # Peak memory over what was in use before; what the process kept of an earlier method's is not counted again.
-    megabytes: float = float("nan")
+    megabytes: float = float(
+        "nan"
+    )  # the most memory above what was in use before, whatever ran before (`memory.py` says how nearly); NaN where unknown
     measure: Measure | None = None  # without a base there is none
 
     @property

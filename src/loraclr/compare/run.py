@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import asdict, replace
@@ -18,6 +16,7 @@ from loraclr.compare.comparison import Comparison, Entry
 from loraclr.compare.measures import measure
 from loraclr.errors import MergeError, UsageError
 from loraclr.formats import load_adapter
+from loraclr.memory import PeakMemory
 from loraclr.merge import merge
 from loraclr.methods import Method, make_method, method_names
 from loraclr.pipeline import Pipeline
@@ -79,9 +78,9 @@ def compare(
                 progress(f"merging: {label}, {what}", index / len(chosen))
 
         tell("starting", 0.0)
-        began = time.perf_counter()
         try:
             with PeakMemory() as peak:
+                began = time.perf_counter()
                 result = merge(
                     adapters,
                     base=base,
@@ -96,7 +95,7 @@ def compare(
                     progress=tell,
                     scratch=scratch,
                 )
-            seconds = time.perf_counter() - began
+                seconds = time.perf_counter() - began
             with tempfile.TemporaryDirectory() as passing:
                 folder = Path(passing if keep is None else keep)
                 size = result.save(folder / f"{file_name(label)}.safetensors").stat().st_size
@@ -132,30 +131,3 @@ def compare(
 def file_name(label: str) -> str:
     """A label as the name of a file or folder."""
     return label.replace(":", "-").replace("/", "-")
-
-
-class PeakMemory:
-    """The process's peak resident memory above what it had on entry, in `megabytes`; NaN where there is no /proc."""
-
-    megabytes = float("nan")
-
-    def __enter__(self) -> PeakMemory:
-        self._start = self._peak = self._now()
-        self._done = threading.Event()
-        self._thread = threading.Thread(target=self._watch, daemon=True)
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._done.set()
-        self._thread.join()
-        self.megabytes = (self._peak - self._start) / 1e6
-
-    def _watch(self) -> None:
-        while not self._done.wait(0.01):
-            self._peak = max(self._peak, self._now())
-
-    @staticmethod
-    def _now() -> float:
-        path = Path("/proc/self/statm")
-        return int(path.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") if path.exists() else float("nan")
