@@ -2,8 +2,9 @@
 
 What a process has in memory is no measure of what it uses: allocators keep what was freed for the next who asks. So free pages are
 given back first (glibc's `malloc_trim`), and the peak is the kernel's own (Linux: `VmHWM`, begun anew by `clear_refs`), which misses no
-moment. What is left of earlier work is how the allocator's free space is cut up: on the toybox `regmean` took 36 to 45 MB in a process that
-had done the like or nothing, 67 to 78 after `loraclr`, which takes 450. To the megabyte it is only in a process of its own, as in benchmarks.
+moment. What is left of earlier work is how the allocator's free space is cut up: on the toybox `regmean` took 36 to 45 MB in a process
+that had done the like or nothing, 67 to 78 after `loraclr`, which takes 450. To the megabyte it is only in a process of its own, as in
+benchmarks.
 """
 
 from __future__ import annotations
