@@ -22,10 +22,10 @@ from loraclr.collect import QUICK, Concept, collect, collection_for
 from loraclr.compare import compare, every_method, measure
 from loraclr.compare.page import write_page
 from loraclr.compare.pictures import Drawing, by_toybox, draw
-from loraclr.errors import MergeError, UsageError, WriteError
+from loraclr.errors import MergeError, MergeWarning, UsageError, WriteError
 from loraclr.evaluate import Subject
 from loraclr.formats import load_adapter, save_adapter
-from loraclr.merge import MergeWarning, merge
+from loraclr.merge import merge
 from loraclr.methods import make_method, method_names
 from loraclr.methods.problem import LayerProblem, residuals
 from loraclr.pipeline import Pipeline

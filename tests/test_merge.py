@@ -19,9 +19,9 @@ from safetensors import safe_open
 
 from loraclr.adapter import Adapter, DenseLayer, LoraLayer
 from loraclr.collect import PAPER, Concept, collect
-from loraclr.errors import FormatError, MergeError, PipelineError, UsageError
+from loraclr.errors import FormatError, MergeError, MergeWarning, PipelineError, UsageError
 from loraclr.formats import describe, load_adapter, save_adapter
-from loraclr.merge import MergeWarning, merge
+from loraclr.merge import merge
 from loraclr.methods import METHODS, LayerSolution, make_method, method_names
 from loraclr.methods.loraclr_reference import LoraclrReference
 from loraclr.pipeline import Pipeline

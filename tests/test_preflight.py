@@ -9,8 +9,8 @@ import torch
 from concepts import KEYS, TEXT, concept, three
 
 from loraclr.adapter import Adapter, DenseLayer, LoraLayer
-from loraclr.errors import MergeError
-from loraclr.merge import MergeWarning, merge
+from loraclr.errors import MergeError, MergeWarning
+from loraclr.merge import merge
 from loraclr.pipeline import Pipeline
 from loraclr.preflight import prediction, preflight
 

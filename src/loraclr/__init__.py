@@ -18,13 +18,13 @@ if TYPE_CHECKING:
     from loraclr.adapter import Adapter, DenseLayer, LoraLayer
     from loraclr.collect import Collection, Concept, collect
     from loraclr.compare import Comparison, compare
-    from loraclr.errors import FormatError, LoraclrError, MergeError, NumericalError, PipelineError, TrainError, UsageError
+    from loraclr.errors import FormatError, LoraclrError, MergeError, MergeWarning, NumericalError, PipelineError, TrainError, UsageError
     from loraclr.evaluate import Evaluation, Subject, Variant, evaluate
     from loraclr.formats import describe, load_adapter, save_adapter
     from loraclr.fuse import fuse
     from loraclr.generate import Generated, Region, generate, parse_region
     from loraclr.judges import open_judge
-    from loraclr.merge import LayerReceipt, MergeResult, MergeWarning, merge
+    from loraclr.merge import LayerReceipt, MergeResult, merge
     from loraclr.methods import METHODS, LayerMethod, LayerProblem, LayerSolution, make_method
     from loraclr.pack import Pack
     from loraclr.pipeline import Pipeline
@@ -98,13 +98,22 @@ _HOMES = {
         "adapter": ("Adapter", "DenseLayer", "LoraLayer"),
         "collect": ("Collection", "Concept", "collect"),
         "compare": ("Comparison", "compare"),
-        "errors": ("FormatError", "LoraclrError", "MergeError", "NumericalError", "PipelineError", "TrainError", "UsageError"),
+        "errors": (
+            "FormatError",
+            "LoraclrError",
+            "MergeError",
+            "MergeWarning",
+            "NumericalError",
+            "PipelineError",
+            "TrainError",
+            "UsageError",
+        ),
         "evaluate": ("Evaluation", "Subject", "Variant", "evaluate"),
         "formats": ("describe", "load_adapter", "save_adapter"),
         "fuse": ("fuse",),
         "generate": ("Generated", "Region", "generate", "parse_region"),
         "judges": ("open_judge",),
-        "merge": ("LayerReceipt", "MergeResult", "MergeWarning", "merge"),
+        "merge": ("LayerReceipt", "MergeResult", "merge"),
         "methods": ("METHODS", "LayerMethod", "LayerProblem", "LayerSolution", "make_method"),
         "pack": ("Pack",),
         "pipeline": ("Pipeline",),

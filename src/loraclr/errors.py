@@ -33,3 +33,7 @@ class UsageError(LoraclrError):
 
 class WriteError(LoraclrError):
     """An output cannot be written: no space, no permission, or another run is writing it."""
+
+
+class MergeWarning(UserWarning):
+    """The merge works, but something about its inputs or its outcome deserves a look."""

@@ -21,7 +21,7 @@ from loraclr import __version__, disk
 from loraclr.adapter import Adapter, Layer, LoraLayer
 from loraclr.blocks import weighted
 from loraclr.collect import ALL_ROWS, PAPER, REPEATED, Collection, Concept, check_held_out, collect, collection_for, stage_of
-from loraclr.errors import MergeError, UsageError
+from loraclr.errors import MergeError, MergeWarning, UsageError
 from loraclr.formats import check_layers, load_adapter, provenance, save_adapter, sidecar
 from loraclr.formats.files import digest, tensor_digest
 from loraclr.linalg import Truncation, factor, lowest_rank, truncate, truncate_aware, truncate_dense
@@ -33,16 +33,12 @@ from loraclr.methods.options import Checked
 from loraclr.methods.problem import AdapterMethod, LayerProblem, LayerSolution, Method, Siblings, residuals
 from loraclr.pipeline import Pipeline
 from loraclr.predictions import model_problem
-from loraclr.preflight import check_fit, checks, nothing_left, union, without_base
+from loraclr.preflight import check_fit, concepts_of, nothing_left, union, without_base
 from loraclr.refit import Refits, check_again, refitted, rounds_of
 from loraclr.scratch import Scratch
 from loraclr.statistics import LayerStats
 
 TOLD = (*REPEATED, "under")  # of what was collected: in a file's header
-
-
-class MergeWarning(UserWarning):
-    """The merge works, but something about its inputs or its outcome deserves a look."""
 
 
 FEW = 16  # adapters up to which a receipt has their cross-talk: it takes the cube of their number, and would outlast the merge
@@ -361,32 +357,6 @@ def merge(
 def _hashes(path: Path) -> tuple[str, str | None]:
     """Of the whole file, and of its tensors alone."""
     return digest(path), tensor_digest(path)
-
-
-def concepts_of(
-    adapters: Sequence[Adapter],
-    weights: Sequence[float] | None,
-    calls: Mapping[str, str],
-    *,
-    needed: bool,
-    base: Pipeline | None,
-    allow: Sequence[str] = (),
-) -> list[Concept]:
-    """Adapters with their weights and calls; all that is wrong with them in one message."""
-    if not adapters:
-        raise UsageError("nothing to merge; give at least one adapter")
-    if weights is not None and len(weights) != len(adapters):
-        raise UsageError(f"{len(adapters)} adapters and {len(weights)} weights; give one weight per adapter")
-    found = list(checks(adapters, base=base, calls=calls, prompted=needed, allow=allow))
-    if problems := [finding.message for finding in found if finding.level == "refuse"]:
-        raise MergeError("; ".join(problems))
-    for finding in found:
-        if finding.level == "warn":
-            warnings.warn(finding.message, MergeWarning, stacklevel=3)
-    return [
-        Concept(adapter, calls.get(adapter.name) or adapter.call, 1.0 if weights is None else weights[index])
-        for index, adapter in enumerate(adapters)
-    ]
 
 
 def _together(names: Sequence[str], seen: Mapping[str, LayerStats]) -> list[str]:

@@ -7,6 +7,7 @@ in `allow`.
 from __future__ import annotations
 
 import re
+import warnings
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,7 +16,8 @@ from typing import Literal
 import torch
 
 from loraclr.adapter import Adapter, Layer, LoraLayer
-from loraclr.errors import LoraclrError, MergeError
+from loraclr.collect import Concept
+from loraclr.errors import LoraclrError, MergeError, MergeWarning, UsageError
 from loraclr.families import NAMES
 from loraclr.formats import header, notes, provenance, reduced
 from loraclr.methods import METHODS, Method
@@ -311,3 +313,29 @@ def _alone(adapters: Sequence[Adapter], shapes: Mapping[str, tuple[int, ...]]) -
             by = ", ".join(f"{count} {component}" for component, count in sorted(Counter(name.split(".", 1)[0] for name in mine).items()))
             text = f"{adapter.name} alone changes {len(mine)} of {len(shapes)} layers ({by}); there the others ask for no change"
             yield Finding("note", "layers", (adapter.name,), text)
+
+
+def concepts_of(
+    adapters: Sequence[Adapter],
+    weights: Sequence[float] | None,
+    calls: Mapping[str, str],
+    *,
+    needed: bool,
+    base: Pipeline | None,
+    allow: Sequence[str] = (),
+) -> list[Concept]:
+    """Adapters with their weights and calls; all that is wrong with them in one message."""
+    if not adapters:
+        raise UsageError("nothing to merge; give at least one adapter")
+    if weights is not None and len(weights) != len(adapters):
+        raise UsageError(f"{len(adapters)} adapters and {len(weights)} weights; give one weight per adapter")
+    found = list(checks(adapters, base=base, calls=calls, prompted=needed, allow=allow))
+    if problems := [finding.message for finding in found if finding.level == "refuse"]:
+        raise MergeError("; ".join(problems))
+    for finding in found:
+        if finding.level == "warn":
+            warnings.warn(finding.message, MergeWarning, stacklevel=3)
+    return [
+        Concept(adapter, calls.get(adapter.name) or adapter.call, 1.0 if weights is None else weights[index])
+        for index, adapter in enumerate(adapters)
+    ]

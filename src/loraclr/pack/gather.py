@@ -15,12 +15,11 @@ from loraclr.collect import Collection, Concept, collect
 from loraclr.errors import FormatError, MergeError
 from loraclr.formats import load_adapter
 from loraclr.formats.files import Stored, digest
-from loraclr.merge import concepts_of
 from loraclr.modules import fingerprint
 from loraclr.pack import file
 from loraclr.pack.file import KINDS, PackFile
 from loraclr.pipeline import Pipeline
-from loraclr.preflight import check_fit, union
+from loraclr.preflight import check_fit, concepts_of, union
 from loraclr.scratch import Scratch
 from loraclr.statistics import Moments
 
