@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import math
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
@@ -114,7 +115,7 @@ def settings() -> dict[str, Setting]:
     for fold in range(3):
         some = CHOOSING_TEMPLATES[fold::3]
         rows[f"held-out choice, pair {fold + 1}"] = Setting(parameters=held_out, collection=replace(usual, held_out=some))
-    rows["sums instead of means over rows"] = Setting(parameters={"normalise": False})
+    rows["rows added up instead of averaged"] = Setting(parameters={"normalise": False})
     rows["contrastive"] = Setting("loraclr:contrastive")
     rows["contrastive in delta space"] = Setting("loraclr:contrastive", {"space": "delta"})
     rows["exact"] = Setting("loraclr:exact")
@@ -228,7 +229,8 @@ def run(base: Path, judge: Path, loras: Path, split: str, name: str, rounds: int
                     method=PlainCut(rank=setting.rank or 1, rounds=1) if setting.plain else setting.method,
                     parameters=None if setting.plain else setting.parameters, rank=None if setting.plain else setting.rank,
                 )  # fmt: skip
-        notes = {kind: round(merged.mean_residual(kind), 3) for kind in ("fit", "held_out")} if merged.collection else {}
+        told = {kind: merged.mean_residual(kind) for kind in ("fit", "held_out")} if merged.collection else {}
+        notes = {kind: round(value, 3) for kind, value in told.items() if not math.isnan(value)}
         notes["rank"] = max(layer.rank for layer in merged.layers)
         notes["merge_seconds"] = round(time.perf_counter() - began, 1)
         notes |= {"pack_megabytes": round(size / 1e6, 1)} if setting.pack else {}
