@@ -25,9 +25,7 @@ class Entry:
     result: MergeResult | None = None
     size: int = 0  # bytes of its file
     seconds: float = float("nan")
-    megabytes: float = float(
-        "nan"
-    )  # the most memory above what was in use before, whatever ran before (`memory.py` says how nearly); NaN where unknown
+    megabytes: float = float("nan")  # the most above what was in use before (`memory.py` says how nearly); NaN where unknown
     measure: Measure | None = None  # without a base there is none
 
     @property
