@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal
 
 import torch
@@ -51,7 +51,7 @@ class CoreSpace(Checked):
         up, down, lost = left @ (merged * self.scale), right, 0.0
         if self.isotropic:
             up, down, lost = levelled(up, down, self.rank)
-        return replace(LayerSolution.of_factors(up, down, status="truncated" if lost > 1e-6 else "ok"), lost=lost)
+        return LayerSolution.cut(up, down, lost)
 
 
 def cored(problem: LayerProblem) -> tuple[Tensor, list[Tensor], Tensor]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
 import torch
@@ -36,7 +36,7 @@ class IsoC(Checked):
     def solve(self, problem: LayerProblem) -> LayerSolution:
         ups, downs = zip(*problem.factors, strict=True)
         up, down, lost = levelled(torch.cat(ups, 1), torch.cat(downs), self.rank)
-        return replace(LayerSolution.of_factors(up * self.scale, down, status="truncated" if lost > 1e-6 else "ok"), lost=lost)
+        return LayerSolution.cut(up * self.scale, down, lost)
 
 
 def levelled(up: Tensor, down: Tensor, rank: int | None = None) -> tuple[Tensor, Tensor, float]:

@@ -140,12 +140,20 @@ class Loraclr(Checked):
         """These hyper-parameters with the ridge, prior and preservation that held-out prompts like best; the first of equals."""
         judge = Quadratic.held_out(problem)
 
-        def best(candidates: Iterable[Loraclr]) -> Loraclr:
-            return min(candidates, key=lambda one: judge.value_and_gradient(one._quadratic(problem).minimiser())[0])
+        def error(quadratic: Quadratic) -> float:
+            return judge.value_and_gradient(quadratic.minimiser())[0]
 
         priors: tuple[Literal["zero", "mean"], ...] = ("zero", "mean") if self.prior == "zero" else ("mean", "zero")
-        found = best(replace(self, ridge=self.ridge * factor, prior=prior) for prior in priors for factor in LADDER)
-        return best(replace(found, preservation=found.preservation * share) for share in (GUARDS if self.preservation > 0 else (1.0,)))
+        rungs: dict[Loraclr, float] = {}
+        for one in (replace(self, prior=prior) for prior in priors):
+            quadratic = one._quadratic(problem)
+            for factor in LADDER:
+                rungs[replace(one, ridge=self.ridge * factor)] = error(quadratic.with_mu(quadratic.mu * factor))
+        found = min(rungs, key=rungs.__getitem__)
+        if not self.preservation:
+            return found
+        guards = [replace(found, preservation=found.preservation * share) for share in GUARDS]
+        return min(guards, key=lambda one: error(one._quadratic(problem)))
 
     def _solve(self, problem: LayerProblem) -> LayerSolution:
         number = len(problem.concepts)

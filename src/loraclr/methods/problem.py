@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from types import MappingProxyType
 from typing import Any, ClassVar, Protocol, runtime_checkable
@@ -165,6 +165,12 @@ class LayerSolution:
         assert self.up is not None
         assert self.down is not None
         return self.up @ self.down
+
+    @staticmethod
+    def cut(up: Tensor, down: Tensor, lost: float, *, advice: str = "") -> LayerSolution:
+        """`of_factors` of what a method's own cut left; `lost`, 0..1, is the relative error of that cut."""
+        whole = LayerSolution.of_factors(up, down, status="truncated" if lost > 1e-6 else "ok", advice=advice)
+        return replace(whole, lost=lost)
 
     @staticmethod
     def of_factors(up: Tensor, down: Tensor, *, status: str = "ok", advice: str = "", **diagnostics: float | str | bool) -> LayerSolution:

@@ -33,4 +33,4 @@ class Svd(Checked):
         rank = self.rank or max(up.shape[1] for up in ups)
         up, down, lost = linalg.truncate(torch.cat(ups, 1), torch.cat(downs) * self.scale, rank)
         advice = f"rank {rank} loses {lost:.0%} of the sum; raise `rank`" if lost > 0.5 else ""
-        return LayerSolution(up, down, None, "truncated" if lost > 1e-6 else "ok", advice, lost=lost)
+        return LayerSolution.cut(up, down, lost, advice=advice)

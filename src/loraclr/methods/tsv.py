@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
 import torch
@@ -45,4 +45,4 @@ class Tsv(Checked):
         cut = torch.cat([s[kept:] for _, s, _ in triples]).norm()
         lost = float(cut / torch.hypot(cut, s.norm())) if float(cut) else 0.0
         up, down = linalg.orthonormalised(u) * (s * self.scale), linalg.orthonormalised(v).T
-        return replace(LayerSolution.of_factors(up, down, status="truncated" if lost > 1e-6 else "ok"), lost=lost)
+        return LayerSolution.cut(up, down, lost)
